@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make demo         run a pod in its own virtual machine on this machine, and check all of it
+# make test         every test: unit, kernel, end to end
+# make bench        measure; writes docs/performance.md's figures to the terminal
+# make build        the binaries, into _output/bin
+# make podvm-image  the pod VM's kernel and initramfs, into _output/podvm
+# make generate     the Go code of the protocols
+#
+# Everything is built under _output and can be removed with it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+GO      ?= go
+OUT     := $(CURDIR)/_output
+BIN     := $(OUT)/bin
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+MODULE  := github.com/kata-remote/kata-remote
+KEEP    ?=
+
+export GOFLAGS := $(GOFLAGS) -trimpath
+export PATH := $(BIN):$(PATH)
+
+# The guest's program links libcontainer, whose first instructions are C and run
+# before Go's: it needs cgo, and must not need a libc in the guest.
+PODVMD_FLAGS := -tags netgo,osusergo,seccomp -ldflags '$(LDFLAGS) -extldflags -static'
+# go test builds the same code; seccomp needs the C library.
+TEST_TAGS := seccomp
+
+.PHONY: all demo demo-stop test bench build setup podvm-image generate verify clean
+
+all: build podvm-image
+
+setup:
+	@test/setup.sh
+
+build: setup
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./shim/cmd/... ./caa/cmd/...
+	@ln -sf containerd-shim-kata-v2 $(BIN)/containerd-shim-kata-remote-v2
+
+podvm-image: setup
+	@mkdir -p $(BIN)
+	CGO_ENABLED=1 $(GO) build $(PODVMD_FLAGS) -o $(BIN)/podvmd ./podvm/cmd/podvmd
+	@kernel=$$(podvm/image/fetch-kernel.sh) && \
+	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -podvmd $(BIN)/podvmd -out $(OUT)/podvm
+
+# crictl is another project's program with another set of dependencies: a module of
+# its own. Go's build cache makes the second time quick.
+$(BIN)/crictl: test/tools/cri/go.mod test/tools/cri/go.sum
+	@mkdir -p $(BIN)
+	@echo "building crictl (about a minute the first time)" >&2
+	@cd test/tools/cri && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ github.com/kubernetes-sigs/cri-tools/cmd/crictl
+	@touch $@
+
+demo: build podvm-image $(BIN)/crictl
+	@$(GO) build -o $(BIN)/demo ./test/demo
+	@$(BIN)/demo -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/demo $(if $(KEEP),-keep)
+
+demo-stop:
+	@$(BIN)/demo -out $(OUT)/demo -stop
+
+# -p 2: two packages at a time; the kernel tests and the virtual machines of more
+# would starve each other on two cores.
+test: build podvm-image verify $(BIN)/crictl
+	@$(GO) build -o $(BIN)/tally ./test/tally
+	@$(GO) vet -tags $(TEST_TAGS) ./...
+	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \
+	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 15m -json ./... | $(BIN)/tally -name test
+
+bench: build podvm-image $(BIN)/crictl
+	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm $(GO) run ./test/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
+
+generate: setup
+	@mkdir -p $(BIN)
+	@GOBIN=$(BIN) $(GO) install tool
+	@protoc -I . --go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) agent-protocol/proto/*.proto
+
+# The committed code is what the definitions make, and go.mod is tidy.
+verify: generate
+	@if ! git diff --quiet -- agent-protocol; then \
+		git diff --stat -- agent-protocol; \
+		echo 'verify: the generated code differs from the definitions: commit what `make generate` made' >&2; exit 1; fi
+	@$(GO) mod tidy -diff >/dev/null || { echo 'verify: go.mod is not tidy: run go mod tidy' >&2; exit 1; }
+
+clean:
+	rm -rf $(OUT)

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package testbed
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// cniConfig is a plain bridge, as most nodes' CNI in the end is one.
+const cniConfig = `{
+  "cniVersion": "0.4.0",
+  "name": "testbed",
+  "plugins": [
+    {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
+     "ipam": {"type": "host-local", "ranges": [[{"subnet": "` + CNISubnet + `"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+    {"type": "portmap", "capabilities": {"portMappings": true}}
+  ]
+}
+`
+
+// containerdConfig is for Debian's containerd 1.6. restrict_oom_score_adj: a root
+// without CAP_SYS_RESOURCE cannot lower it, and runc fails when it tries.
+const containerdConfig = `version = 2
+root = "%[1]s/containerd"
+state = "/run/containerd-testbed/state"
+disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper"]
+
+[grpc]
+  address = "` + ContainerdSocket + `"
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = "%[1]s/opt"
+
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "` + PauseImage + `"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "/etc/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.` + Handler + `]
+      runtime_type = "io.containerd.kata-remote.v2"
+      privileged_without_host_devices = true
+      pod_annotations = ["io.katacontainers.*"]
+      container_annotations = ["io.katacontainers.*"]
+`
+
+// StartContainerd starts Debian's containerd with a root, state and socket of its
+// own and imports the images.
+func (b *Bed) StartContainerd(ctx context.Context) error {
+	for path, text := range map[string]string{
+		"/etc/cni/net.d/10-testbed.conflist":    cniConfig,
+		filepath.Join(b.Out, "containerd.toml"): fmt.Sprintf(containerdConfig, b.Out),
+	} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := b.RestartContainerd(ctx); err != nil {
+		return err
+	}
+	for name, make := range images {
+		archive := filepath.Join(b.Out, name+".tar")
+		if err := make(b, archive); err != nil {
+			return fmt.Errorf("make image %s: %w", name, err)
+		}
+		if _, err := Run(ctx, "ctr", "-a", ContainerdSocket, "-n", "k8s.io", "images", "import", archive); err != nil {
+			return err
+		}
+		os.Remove(archive)
+	}
+	return nil
+}
+
+// RestartContainerd starts containerd on the state that is there. Kill or stop the
+// running one first.
+func (b *Bed) RestartContainerd(ctx context.Context) error {
+	cmd := exec.Command("containerd", "-c", filepath.Join(b.Out, "containerd.toml"))
+	cmd.Env = append(os.Environ(), "PATH="+b.Bin+":"+os.Getenv("PATH"))
+	d, err := b.Start(ctx, "containerd", cmd, func(ctx context.Context) error {
+		_, err := Run(ctx, "ctr", "-a", ContainerdSocket, "version")
+		return err
+	})
+	b.Containerd = d
+	return err
+}
+
+// StartAdaptor starts the adaptor with the embedded provider. It may be called again
+// after the running one was killed or stopped.
+func (b *Bed) StartAdaptor(ctx context.Context) error {
+	cmd := exec.Command(filepath.Join(b.Bin, "cloud-api-adaptor"))
+	cmd.Env = append(os.Environ(), b.AdaptorConfig()...)
+	d, err := b.Start(ctx, "adaptor", cmd, func(ctx context.Context) error {
+		c, err := (&net.Dialer{}).DialContext(ctx, "unix", HypervisorSocket)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+	b.Adaptor = d
+	return err
+}
+
+// AdaptorConfig is the adaptor's configuration as its environment.
+func (b *Bed) AdaptorConfig() []string {
+	return append([]string{
+		"CLOUD_PROVIDER=local",
+		"NODE_NAME=testbed",
+		"LOCAL_KERNEL=" + filepath.Join(b.PodVM, "vmlinuz"),
+		"LOCAL_INITRD=" + filepath.Join(b.PodVM, "initrd.img"),
+		"LOG_LEVEL=debug",
+	}, b.AdaptorEnv...)
+}
+
+// Crictl runs crictl against the bed's containerd.
+func (b *Bed) Crictl(ctx context.Context, args ...string) (string, error) {
+	cmd, full := b.CrictlCommand(args...)
+	out, err := Run(ctx, cmd, full...)
+	return strings.TrimSpace(out), err
+}
+
+// CrictlCommand is the command line of a crictl call.
+func (b *Bed) CrictlCommand(args ...string) (string, []string) {
+	socket := "unix://" + ContainerdSocket
+	return filepath.Join(b.Bin, "crictl"), append([]string{"-r", socket, "-i", socket, "-t", "10m"}, args...)
+}

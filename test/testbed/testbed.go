@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package testbed makes a worker node for tests: real containerd, real CNI plugins,
+// the adaptor and the shim as they are built, all inside namespaces of their own
+// (Isolate), with images made on the spot and no registry.
+//
+//	machine ── Isolate ──▶ node: bridge cni0 10.88.0.0/16 (CNI)   ppbr0 (provider local)
+//	                             containerd ── shims              taps ── pod VMs
+//	                             cloud-api-adaptor
+//
+// Nothing here knows what is tested on the node: that is e2e, demo and bench.
+package testbed
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Bed is one worker node. Make it with New inside Isolate.
+type Bed struct {
+	Bin   string // folder of the built programs
+	PodVM string // folder of the pod VM image
+	Out   string // folder for logs and containerd's content; made anew
+	// AdaptorEnv is added to the adaptor's configuration.
+	AdaptorEnv []string
+
+	// Containerd and Adaptor are nil until they are started.
+	Containerd *Daemon
+	Adaptor    *Daemon
+}
+
+// Paths on the node.
+const (
+	ContainerdSocket = "/run/containerd-testbed/containerd.sock"
+	HypervisorSocket = "/run/peerpod/hypervisor.sock"
+	Handler          = "kata-remote"
+	// CNISubnet is the pods' network, its first address the node's.
+	CNISubnet = "10.88.0.0/16"
+	NodeAddr  = "10.88.0.1"
+)
+
+// Timeouts of the bed's own steps: how long a person would wait before looking into
+// a log.
+const (
+	startTimeout = 60 * time.Second
+	stopTimeout  = 20 * time.Second
+	// pollEvery is how often readiness is looked at.
+	pollEvery = 10 * time.Millisecond
+)
+
+// New prepares the folders. Whatever an earlier run left in out is removed.
+func New(bin, podvm, out string) (*Bed, error) {
+	b := &Bed{Bin: bin, PodVM: podvm, Out: out}
+	for _, f := range []string{
+		filepath.Join(bin, "containerd-shim-kata-remote-v2"), filepath.Join(bin, "cloud-api-adaptor"), filepath.Join(bin, "crictl"),
+		filepath.Join(podvm, "vmlinuz"), filepath.Join(podvm, "initrd.img"),
+	} {
+		if _, err := os.Stat(f); err != nil {
+			return nil, fmt.Errorf("%s is missing: run make build podvm-image first", f)
+		}
+	}
+	if err := os.RemoveAll(out); err != nil {
+		return nil, err
+	}
+	return b, os.MkdirAll(filepath.Join(out, "logs"), 0o755)
+}
+
+// Log is the path of a daemon's log.
+func (b *Bed) Log(name string) string { return filepath.Join(b.Out, "logs", name+".log") }
+
+// Stop ends what the bed started, last first.
+func (b *Bed) Stop() error {
+	var errs []error
+	for _, d := range []*Daemon{b.Containerd, b.Adaptor} {
+		if d != nil {
+			errs = append(errs, d.Stop())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Daemon is a program the bed started.
+type Daemon struct {
+	Name string
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error // valid after done
+}
+
+// Start runs a program in the background, its output appended to the log of that
+// name, and waits until ready returns nil. The error tells the log's last line.
+func (b *Bed) Start(ctx context.Context, name string, cmd *exec.Cmd, ready func(context.Context) error) (*Daemon, error) {
+	log, err := os.OpenFile(b.Log(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	d := &Daemon{Name: name, cmd: cmd, done: make(chan struct{})}
+	go func() {
+		d.err = cmd.Wait()
+		close(d.done)
+	}()
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	err = Poll(ctx, func(ctx context.Context) error {
+		select {
+		case <-d.done:
+			return fmt.Errorf("%s ended (%v): %s: %w", name, d.err, lastLine(b.Log(name)), errEnded)
+		default:
+			return ready(ctx)
+		}
+	})
+	if err != nil {
+		d.Kill()
+		return nil, fmt.Errorf("%s did not start: %w (log: %s)", name, err, b.Log(name))
+	}
+	return d, nil
+}
+
+var errEnded = errors.New("it will not become ready")
+
+// Poll calls f until it returns nil, the program it waits for has ended, or ctx is
+// done; then it returns f's last error.
+func Poll(ctx context.Context, f func(context.Context) error) error {
+	t := time.NewTicker(pollEvery)
+	defer t.Stop()
+	for {
+		err := f(ctx)
+		if err == nil || errors.Is(err, errEnded) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w (gave up: %w)", err, context.Cause(ctx))
+		case <-t.C:
+		}
+	}
+}
+
+// PID of the daemon.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Kill ends it at once, as a crash would.
+func (d *Daemon) Kill() {
+	d.cmd.Process.Kill()
+	<-d.done
+}
+
+// Stop asks it to end and waits.
+func (d *Daemon) Stop() error {
+	select {
+	case <-d.done:
+		return nil
+	default:
+	}
+	d.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-d.done:
+		return nil
+	case <-time.After(stopTimeout):
+		d.Kill()
+		return fmt.Errorf("%s did not end within %v of SIGTERM and was killed", d.Name, stopTimeout)
+	}
+}
+
+// Run runs a command to its end and returns its standard output. The error has what
+// it wrote to standard error.
+func Run(ctx context.Context, name string, args ...string) (string, error) {
+	return RunIn(ctx, nil, name, args...)
+}
+
+// RunIn is Run with standard input.
+func RunIn(ctx context.Context, stdin io.Reader, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), &RunError{Command: filepath.Base(name) + " " + strings.Join(args, " "), Stderr: strings.TrimSpace(stderr.String()), Err: err}
+	}
+	return stdout.String(), nil
+}
+
+// RunError is a command that failed.
+type RunError struct {
+	Command string
+	Stderr  string
+	Err     error
+}
+
+func (e *RunError) Error() string { return fmt.Sprintf("%s: %v: %s", e.Command, e.Err, e.Stderr) }
+
+// Unwrap returns the error of package os/exec.
+func (e *RunError) Unwrap() error { return e.Err }
+
+// lastLine returns the last line of a file that says something.
+func lastLine(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return lines[len(lines)-1]
+}
