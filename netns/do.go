@@ -83,3 +83,13 @@ func isNetNS(fd int) bool {
 	kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE)
 	return err == nil && kind == unix.CLONE_NEWNET
 }
+
+// OpenFile returns a descriptor of the namespace at path, for netlink attributes that
+// want one; the caller closes it. Errors are those of Do.
+func OpenFile(path string) (*os.File, error) {
+	ns, err := open(path)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(ns), path), nil
+}

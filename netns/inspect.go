@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
+	vns "github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -201,14 +203,19 @@ func Open(ctx context.Context, path string) (*netlink.Handle, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	ns, err := open(path)
+	f, err := OpenFile(path)
 	if err != nil {
 		return nil, err
 	}
-	defer ns.Close()
-	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	defer f.Close()
+	return HandleOf(f)
+}
+
+// HandleOf is Open for a namespace that OpenFile has opened.
+func HandleOf(f *os.File) (*netlink.Handle, error) {
+	h, err := netlink.NewHandleAt(vns.NsHandle(f.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("open netlink socket in %s: %w", path, err)
+		return nil, fmt.Errorf("open netlink socket in %s: %w", f.Name(), err)
 	}
 	return h, nil
 }
