@@ -1,0 +1,472 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// keptExecs is how many processes added by ExecProcess a container remembers. One is
+// remembered after its end, for those who ask late; a container that is probed every
+// second for a year must not fill the guest with them. Beyond the number the oldest
+// goes of which everything was fetched, else the oldest that has ended.
+const keptExecs = 1024
+
+// container is one container of the pod.
+type container struct {
+	id    ContainerID
+	agent *Agent
+	op    chan struct{} // holds one token: the operation lock
+
+	// Set by create, before the state is StateCreated.
+	spec      *specs.Spec
+	lib       *libcontainer.Container
+	cgroup    cgroups.Manager
+	sharedPID bool
+	storages  []string // mount points it holds a reference to
+	imported  bool     // its root file system is the store's
+	forgetOOM func()
+
+	mu        sync.Mutex
+	state     ContainerState     // guarded by mu
+	initExec  ExecID             // guarded by mu; another name of the first process
+	init      *process           // guarded by mu
+	execs     []*process         // guarded by mu; oldest first
+	resources *cgroups.Resources // guarded by mu; what is in force
+}
+
+// idPattern is what names may look like: they become parts of paths.
+var idPattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+
+func checkID(kind, id string) error {
+	if !idPattern.MatchString(id) || len(id) > 255 {
+		return fmt.Errorf("%s %q: it has at least two letters, digits, '_', '.' or '-', the first a letter or digit: %w", kind, id, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// lock takes the operation lock. unlock gives it back.
+func (c *container) lock(ctx context.Context) error {
+	select {
+	case c.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the operation under way on container %s: %w", c.id, ctx.Err())
+	}
+}
+
+func (c *container) unlock() { <-c.op }
+
+// to takes a step of the container's life.
+func (c *container) to(s ContainerState) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := step("container "+string(c.id), containerTransitions, c.state, s); err != nil {
+		return err
+	}
+	c.state = s
+	return nil
+}
+
+// in checks that the container is in one of the states, and returns which.
+func (c *container) in(want ...ContainerState) (ContainerState, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if slices.Contains(want, c.state) {
+		return c.state, nil
+	}
+	return c.state, fmt.Errorf("container %s is %s, not %s: %w", c.id, c.state, want[0], errdefs.ErrFailedPrecondition)
+}
+
+// find returns a process. An empty id means the first. NotFound: there is none of
+// that name.
+func (c *container) find(id ExecID) (*process, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if id == "" || id == c.initExec || id == ExecID(c.id) {
+		if c.init == nil {
+			return nil, fmt.Errorf("container %s is %s and has no process yet: %w", c.id, c.state, errdefs.ErrNotFound)
+		}
+		return c.init, nil
+	}
+	for _, p := range c.execs {
+		if p.id == id && p.stdout != nil {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("Invalid exec id %s of container %s: %w", id, c.id, errdefs.ErrNotFound)
+}
+
+// create sets the container up to where only the user's command is missing. The
+// caller holds the operation lock and removes what create leaves after an error.
+func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequest, sb *sandbox) error {
+	a := c.agent
+	c.spec = toSpec(req.OCI)
+	for _, s := range req.Storages {
+		if err := a.addStorage(s); err != nil {
+			return err
+		}
+		c.storages = append(c.storages, filepath.Clean(s.MountPoint))
+	}
+	if c.spec.Root != nil && c.spec.Root.Path == a.root.Path(string(c.id)) {
+		used, err := a.root.Use(string(c.id))
+		if err != nil {
+			return err
+		}
+		c.imported = used
+	}
+	where := placement{
+		ipc: sb.ipc, uts: sb.uts, net: a.cfg.PodNetNS, hostname: sb.hostname != "",
+		cgroup: filepath.Join(a.cfg.CgroupParent, string(c.id)),
+	}
+	if req.SandboxPidns {
+		where.pid = a.sharedPIDNS()
+		c.sharedPID = where.pid != ""
+	}
+	cfg, err := libConfig(c.spec, where)
+	if err != nil {
+		return err
+	}
+	init, err := newProcess(ExecID(c.id), c.spec.Process, true)
+	if err != nil {
+		return err
+	}
+	c.lib, err = libcontainer.Create(filepath.Join(a.cfg.StateDir, "runtime"), string(c.id), cfg)
+	if err != nil {
+		return err
+	}
+	if err := c.spawn(init, c.spec.Process.Terminal); err != nil {
+		return err
+	}
+	return c.created(init, cfg.Cgroups, ExecID(req.ExecId))
+}
+
+// created notes what is known once the first process exists.
+func (c *container) created(init *process, cg *cgroups.Cgroup, initExec ExecID) error {
+	fail := func(err error) error {
+		_ = init.lib.Signal(unix.SIGKILL)
+		_, _ = init.lib.Wait()
+		init.close()
+		return err
+	}
+	st, err := c.lib.State()
+	if err != nil {
+		return fail(err)
+	}
+	if c.cgroup, err = manager.NewWithPaths(cg, st.CgroupPaths); err != nil {
+		return fail(err)
+	}
+	if err := c.agent.offerPIDNS(st.InitProcessPid); err != nil {
+		return fail(err)
+	}
+	if c.forgetOOM, err = c.agent.oom.add(c.id, c.lib, c.cgroup); err != nil {
+		// The container works without; the reason of a death by memory is then missing.
+		c.agent.log.Warn("cannot watch for out-of-memory kills", logkey.Container, c.id, logkey.Error, err)
+	}
+	res := *cg.Resources
+	c.mu.Lock()
+	c.init, c.initExec, c.resources = init, initExec, &res
+	c.mu.Unlock()
+	if err := c.to(StateCreated); err != nil {
+		return fail(err)
+	}
+	c.agent.wg.Go(func() { c.await(init) })
+	return nil
+}
+
+// spawn starts a process and attaches its streams. After an error nothing of it is
+// left.
+func (c *container) spawn(p *process, terminal bool) error {
+	s, err := p.openStreams(terminal)
+	if err != nil {
+		return err
+	}
+	if err := c.lib.Start(p.lib); err != nil {
+		s.close(s.child)
+		s.close(s.parent)
+		return err
+	}
+	if err := p.attach(s, c.agent.cfg.StreamBuffer); err != nil {
+		_ = p.lib.Signal(unix.SIGKILL)
+		_, _ = p.lib.Wait()
+		return err
+	}
+	return nil
+}
+
+// await waits for a process to end and publishes its status.
+func (c *container) await(p *process) {
+	st, err := p.lib.Wait()
+	status := int32(255)
+	if st != nil {
+		status = exitStatus(st)
+	} else {
+		c.agent.log.Error("lost the exit status of a process", logkey.Container, c.id, logkey.Exec, p.id, logkey.Error, err)
+	}
+	c.mu.Lock()
+	first := p == c.init
+	c.mu.Unlock()
+	if first {
+		// A kill by the kernel is reported before the death it caused.
+		c.agent.oom.check(c.id)
+		if c.sharedPID {
+			// The pid namespace outlives the container and with it its processes would.
+			if err := c.killAll(); err != nil {
+				c.agent.log.Error("kill what the container left behind", logkey.Container, c.id, logkey.Error, err)
+			}
+		}
+		// It was created, running or paused: each may become stopped.
+		_ = c.to(StateStopped)
+	}
+	p.mu.Lock()
+	p.state, p.status = ProcessExited, status
+	p.mu.Unlock()
+	p.stdin.Abort()
+	p.stdout.Exited()
+	if p.stderr != nil {
+		p.stderr.Exited()
+	}
+	close(p.exited)
+}
+
+// start lets the first process become the user's command.
+func (c *container) start(ctx context.Context) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
+	if _, err := c.in(StateCreated); err != nil {
+		return err
+	}
+	if err := c.to(StateRunning); err != nil {
+		return err
+	}
+	if err := c.init.to(ProcessRunning); err != nil {
+		return err
+	}
+	if err := c.lib.Exec(); err != nil {
+		return fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	return nil
+}
+
+// exec adds a process.
+func (c *container) exec(ctx context.Context, id ExecID, spec *specs.Process) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
+	if _, err := c.in(StateRunning); err != nil {
+		return err
+	}
+	p, err := newProcess(id, spec, false)
+	if err != nil {
+		return err
+	}
+	if err := c.reserve(p); err != nil {
+		return err
+	}
+	if err := c.spawn(p, spec.Terminal); err != nil {
+		c.mu.Lock()
+		c.execs = slices.DeleteFunc(c.execs, func(e *process) bool { return e == p })
+		c.mu.Unlock()
+		return fmt.Errorf("exec %s in container %s: %w", id, c.id, err)
+	}
+	_ = p.to(ProcessRunning) // from Starting, always
+	c.agent.wg.Go(func() { c.await(p) })
+	return nil
+}
+
+// reserve takes an exec id, and makes room for it.
+func (c *container) reserve(p *process) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p.id == c.initExec || p.id == ExecID(c.id) || slices.ContainsFunc(c.execs, func(e *process) bool { return e.id == p.id }) {
+		return fmt.Errorf("exec id %s of container %s: %w", p.id, c.id, errdefs.ErrAlreadyExists)
+	}
+	if len(c.execs) >= keptExecs {
+		i := slices.IndexFunc(c.execs, (*process).settled)
+		if i < 0 {
+			i = slices.IndexFunc(c.execs, func(e *process) bool { exited, _ := e.hasExited(); return exited })
+		}
+		if i >= 0 {
+			old := c.execs[i]
+			c.execs = slices.Delete(c.execs, i, i+1)
+			c.agent.wg.Go(old.close)
+		}
+	}
+	c.execs = append(c.execs, p)
+	return nil
+}
+
+// signal sends a signal as the package comment says.
+func (c *container) signal(id ExecID, sig unix.Signal) error {
+	p, err := c.find(id)
+	if err != nil {
+		return err
+	}
+	if id != "" || sig != unix.SIGKILL {
+		return p.signal(sig)
+	}
+	if exited, collected := p.hasExited(); exited && collected {
+		return p.signal(sig)
+	}
+	return c.killAll()
+}
+
+// killAll kills every process of the container, frozen ones too.
+func (c *container) killAll() error {
+	if err := killCgroup(c.cgroup); err != nil {
+		return fmt.Errorf("kill the processes of container %s: %w", c.id, err)
+	}
+	c.mu.Lock()
+	init := c.init
+	c.mu.Unlock()
+	// The first process may have moved to another cgroup; its end is that of its pid
+	// namespace.
+	if err := init.lib.Signal(unix.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill container %s: %w", c.id, err)
+	}
+	return nil
+}
+
+// killCgroup kills what is in a cgroup. An absent one is empty.
+func killCgroup(m cgroups.Manager) error {
+	if cgroups.IsCgroup2UnifiedMode() {
+		err := os.WriteFile(filepath.Join(m.Path(""), "cgroup.kill"), []byte("1"), 0)
+		if err == nil || errors.Is(err, os.ErrNotExist) && !m.Exists() || errors.Is(err, unix.ENODEV) {
+			return nil
+		}
+	}
+	if !m.Exists() {
+		return nil
+	}
+	// Frozen, nothing can fork while the list is read. Freezing may fail in a cgroup
+	// that is full of dying processes; the kill is tried all the same.
+	_ = m.Freeze(cgroups.Frozen)
+	pids, err := m.GetAllPids()
+	errs := []error{err}
+	for _, pid := range pids {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("kill %d: %w", pid, err))
+		}
+	}
+	if err := m.Freeze(cgroups.Thawed); err != nil {
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil && m.Exists() {
+		return err
+	}
+	return nil
+}
+
+// freeze pauses or resumes the container.
+func (c *container) freeze(ctx context.Context, to ContainerState) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
+	from, do := StateRunning, c.lib.Pause
+	if to == StateRunning {
+		from, do = StatePaused, c.lib.Resume
+	}
+	if _, err := c.in(from); err != nil {
+		return err
+	}
+	if err := do(); err != nil {
+		return fmt.Errorf("make container %s %s: %w", c.id, to, err)
+	}
+	return c.to(to)
+}
+
+// remove kills what runs and releases everything. A second call finds the container
+// gone or, after an error, goes on where the first stopped.
+func (c *container) remove(ctx context.Context) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
+	c.mu.Lock()
+	state, init := c.state, c.init
+	processes := slices.Clone(c.execs)
+	c.mu.Unlock()
+	if state == StateRemoved {
+		return fmt.Errorf("%s: container %s was removed meanwhile", invalidID, c.id)
+	}
+	if init != nil {
+		processes = append(processes, init)
+		if exited, _ := init.hasExited(); !exited {
+			if err := c.killAll(); err != nil {
+				return err
+			}
+		}
+	}
+	for _, p := range processes {
+		select {
+		case <-p.exited:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for process %s of container %s to end: %w", p.id, c.id, ctx.Err())
+		}
+	}
+	for _, p := range processes {
+		p.close()
+	}
+	return c.release(context.WithoutCancel(ctx))
+}
+
+// release gives back what the container holds. No process of it is left.
+func (c *container) release(ctx context.Context) error {
+	a := c.agent
+	if c.forgetOOM != nil {
+		c.forgetOOM()
+	}
+	if c.lib != nil {
+		if err := c.lib.Destroy(); err != nil {
+			return fmt.Errorf("remove container %s: %w", c.id, err)
+		}
+	}
+	var errs []error
+	for _, m := range c.storages {
+		errs = append(errs, a.dropStorage(m))
+	}
+	c.storages = nil
+	if c.imported {
+		_, err := a.root.Remove(ctx, string(c.id))
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove container %s: %w", c.id, err)
+	}
+	if err := c.to(StateRemoved); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	if a.containers[c.id] == c {
+		delete(a.containers, c.id)
+	}
+	a.mu.Unlock()
+	return nil
+}
+
+// pidNSPath is a pid namespace that stays open as f, as a path that any process of
+// the guest can open.
+func pidNSPath(f *os.File) string {
+	return "/proc/" + strconv.Itoa(os.Getpid()) + "/fd/" + strconv.Itoa(int(f.Fd()))
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"os"
+
+	"github.com/opencontainers/runc/libcontainer"
+	// The C half of the re-exec: it enters the namespaces before the Go runtime
+	// starts threads.
+	_ "github.com/opencontainers/runc/libcontainer/nsenter"
+)
+
+// Init must be the first call of main. libcontainer starts every container process
+// by running this binary again with the argument "init"; in such a child Init turns
+// into the user's command and never returns. Elsewhere it does nothing.
+func Init() {
+	if len(os.Args) > 1 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
+		libcontainer.Init()
+	}
+}
