@@ -5,10 +5,11 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // invalidID is the sentence a kata-agent says about a container it does not know.
@@ -35,7 +36,7 @@ func toGRPC(err error) error {
 			return errgrpc.ToGRPC(err)
 		}
 	}
-	return errgrpc.ToGRPC(fmt.Errorf("%w: %w", errdefs.ErrInternal, err))
+	return status.Error(codes.Internal, err.Error())
 }
 
 // reply is the last step of every call.

@@ -5,6 +5,9 @@ package agent
 import (
 	"os"
 
+	// Makes the cgroup manager able to restrict devices, without which it refuses to
+	// start a container.
+	_ "github.com/opencontainers/cgroups/devices"
 	"github.com/opencontainers/runc/libcontainer"
 	// The C half of the re-exec: it enters the namespaces before the Go runtime
 	// starts threads.
