@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package boot brings a pod VM from the kernel's hand-over to a listening
+// forwarder, and keeps it running.
+//
+// As PID 1 of the image's initramfs (RunInit):
+//
+//	root ─▶ mounts ─▶ modules (each as soon as those it needs are in)
+//	                    ├─ virtio_blk ─▶ seed ─┬─ virtio_net ─▶ links ─▶ tunnel ─┐
+//	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening
+//
+// As a service of an ordinary system (RunService): the configuration is a file and
+// the network is there, so only tunnel, agent and listening are left.
+//
+// PID 1 never hangs: every wait has a deadline, and what cannot be mended ends in one
+// sentence on the console and a machine that is off, which a provider shows as a
+// failed instance.
+package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/containerd/ttrpc"
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
+	"github.com/kata-remote/kata-remote/podvm/agent"
+	"github.com/kata-remote/kata-remote/podvm/forwarder"
+	"github.com/kata-remote/kata-remote/podvm/guestnet"
+	"golang.org/x/sync/errgroup"
+)
+
+// Config is what the program's flags and build say. The zero value of a field takes
+// the default named.
+type Config struct {
+	// ConfigPath is the pod VM's configuration. Default: podvmconfig.Path.
+	ConfigPath string
+	// Listen is the forwarder's TCP address. Default: all addresses, port
+	// podvmconfig.ForwarderPort.
+	Listen string
+	// PodNetNS is where the pod's network namespace is made. Default:
+	// podvmconfig.PodNetNS.
+	PodNetNS string
+	// StateDir is the agent's. Default: agent.DefaultStateDir.
+	StateDir string
+	// Version is what the agent reports.
+	Version string
+	// Logger takes the log. Default: slog.Default.
+	Logger *slog.Logger
+}
+
+func (c Config) complete() Config {
+	if c.ConfigPath == "" {
+		c.ConfigPath = podvmconfig.Path
+	}
+	if c.Listen == "" {
+		c.Listen = fmt.Sprintf(":%d", podvmconfig.ForwarderPort)
+	}
+	if c.PodNetNS == "" {
+		c.PodNetNS = podvmconfig.PodNetNS
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return c
+}
+
+// RunService serves one pod until ctx is done. The error is one sentence that names
+// what to change.
+func RunService(ctx context.Context, cfg Config) error {
+	cfg = cfg.complete()
+	doc, err := os.ReadFile(cfg.ConfigPath)
+	if err != nil {
+		return fmt.Errorf("read the pod VM's configuration: %w", err)
+	}
+	pod, err := podvmconfig.Parse(doc)
+	if err != nil {
+		return err
+	}
+	m := newMarks()
+	return serve(ctx, cfg, pod, m, func() error {
+		defer m.done("tunnel")
+		return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
+	})
+}
+
+// serve starts agent and forwarder and runs them until ctx is done. network is run
+// beside the preparations; the port opens after it.
+func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, network func() error) error {
+	log := cfg.Logger.With(logkey.Sandbox, pod.SandboxID)
+	credentials := forwarder.Credentials{
+		Key:      []byte(string(pod.TLSServerKey)),
+		Cert:     []byte(pod.TLSServerCert),
+		ClientCA: []byte(pod.TLSClientCA),
+	}
+	var prepared backend
+	var g errgroup.Group
+	g.Go(network)
+	g.Go(func() (err error) {
+		defer m.done("agent")
+		if _, err = credentials.TLSConfig(); err == nil {
+			prepared, err = newBackend(cfg, pod, log)
+		}
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	inner, err := forwarder.Listen(ctx, cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("forwarder: %w", err)
+	}
+	l, err := forwarder.NewListener(inner, credentials)
+	if err != nil {
+		return errors.Join(err, inner.Close())
+	}
+	m.done("listening")
+	m.log(log)
+	return prepared.run(ctx, l)
+}
+
+// backend is what answers behind the forwarder.
+type backend interface {
+	// run serves the connections of l until ctx is done, and closes l.
+	run(ctx context.Context, l net.Listener) error
+}
+
+func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend, error) {
+	if pod.AgentSocket != "" {
+		return stockAgent{socket: pod.AgentSocket, log: log}, nil
+	}
+	a, err := agent.New(agent.Config{
+		PodNetNS: cfg.PodNetNS,
+		StateDir: cfg.StateDir,
+		Version:  cfg.Version,
+		Logger:   log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	srv, err := ttrpc.NewServer()
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	a.Register(srv)
+	return ownAgent{agent: a, server: srv}, nil
+}
+
+// stockAgent is another program that listens on a unix socket.
+type stockAgent struct {
+	socket string
+	log    *slog.Logger
+}
+
+func (s stockAgent) run(ctx context.Context, l net.Listener) error {
+	return forwarder.Relay(ctx, l, s.socket, s.log)
+}
+
+// ownAgent is podvmd's.
+type ownAgent struct {
+	agent  *agent.Agent
+	server *ttrpc.Server
+}
+
+func (o ownAgent) run(ctx context.Context, l net.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return o.agent.Run(ctx) })
+	g.Go(func() error {
+		if err := o.server.Serve(ctx, l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && ctx.Err() == nil {
+			return fmt.Errorf("forwarder: serve: %w", err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		return errors.Join(l.Close(), o.server.Close())
+	})
+	return g.Wait()
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
+	"github.com/kata-remote/kata-remote/podvm/bootconf"
+	"github.com/kata-remote/kata-remote/podvm/guestnet"
+	"github.com/kata-remote/kata-remote/podvm/kmod"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+	// searchPath is what the kernel does not set for PID 1.
+	searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	// maxFiles is the limit that processes inherit; the kernel's 4096 is too low for
+	// servers that ask for no limit of their own. It is systemd's for services.
+	maxFiles = 1 << 20
+)
+
+// RunInit is PID 1: it prepares the machine, serves the pod until ctx is done, and
+// turns the machine off. It does not return. An error goes to the console as one
+// sentence first.
+func RunInit(ctx context.Context, cfg Config) {
+	m := newMarks()
+	err := runInit(ctx, cfg.complete(), m)
+	if err != nil {
+		m.log(cfg.complete().Logger)
+		writeFatal(os.Stderr, err)
+	}
+	powerOff()
+}
+
+// writeFatal writes the sentence that tells why a start failed, on a line of its own.
+func writeFatal(w io.Writer, err error) {
+	// Joined errors are several lines.
+	fmt.Fprintf(w, "\npodvmd: fatal: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+// powerOff stops the machine. Everything it has written is in its memory, so there
+// is nothing to sync.
+func powerOff() {
+	for _, how := range []int{unix.LINUX_REBOOT_CMD_POWER_OFF, unix.LINUX_REBOOT_CMD_RESTART, unix.LINUX_REBOOT_CMD_HALT} {
+		// Each is tried because the one before did not work.
+		if err := unix.Reboot(how); err != nil {
+			fmt.Fprintln(os.Stderr, "podvmd: power off:", err)
+		}
+	}
+	os.Exit(1) // the kernel panics, and with panic=-1 restarts
+}
+
+func runInit(ctx context.Context, cfg Config, m *marks) error {
+	if err := prepare(); err != nil {
+		return err
+	}
+	m.done("root")
+	loading, err := startModules(ctx)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := guestnet.UpLoopback(); err != nil {
+			return err
+		}
+		return enableControllers(cgroupRoot)
+	})
+	g.Go(func() error {
+		defer m.done("modules")
+		return loading.Wait()
+	})
+	g.Go(func() error {
+		boot, pod, err := readSeed(ctx, loading, m)
+		if err != nil {
+			return err
+		}
+		return serve(ctx, cfg, pod, m, func() error {
+			return bringUpNetwork(ctx, cfg, boot, pod, loading, m)
+		})
+	})
+	return g.Wait()
+}
+
+// prepare makes the initramfs a system that containers can be run on.
+func prepare() error {
+	if err := leaveRootfs(); err != nil {
+		return fmt.Errorf("leave the initial root file system: %w", err)
+	}
+	if err := mountAll(); err != nil {
+		return err
+	}
+	limit := unix.Rlimit{Cur: maxFiles, Max: maxFiles}
+	return errors.Join(
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &limit),
+		os.Setenv("PATH", searchPath),
+	)
+}
+
+func startModules(ctx context.Context) (*kmod.Loading, error) {
+	f, err := os.Open(kmod.ListFile)
+	if err != nil {
+		return nil, fmt.Errorf("the image has no module list: %w", err)
+	}
+	defer f.Close()
+	list, err := kmod.ReadList(f)
+	if err != nil {
+		return nil, err
+	}
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	return kmod.Load(ctx, kmod.Dir, list, string(cmdline)), nil
+}
+
+// readSeed waits for the disk's driver, reads the user data and writes its files.
+func readSeed(ctx context.Context, loading *kmod.Loading, m *marks) (*bootconf.Config, *podvmconfig.Config, error) {
+	defer m.done("seed")
+	if err := loading.WaitFor("virtio_pci", "virtio_mmio", "virtio_blk"); err != nil {
+		return nil, nil, err
+	}
+	boot, err := bootconf.Read(ctx, bootconf.NoCloud{})
+	if err != nil {
+		return nil, nil, err
+	}
+	if boot.Hostname != "" {
+		if err := unix.Sethostname([]byte(boot.Hostname)); err != nil {
+			return nil, nil, fmt.Errorf("set host name: %w", err)
+		}
+	}
+	if err := bootconf.WriteFiles("/", boot.Files); err != nil {
+		return nil, nil, err
+	}
+	for _, f := range boot.Files {
+		if f.Path == podvmconfig.Path {
+			pod, err := podvmconfig.Parse(f.Content)
+			return boot, pod, err
+		}
+	}
+	return nil, nil, fmt.Errorf("user data: write_files has no %s: nothing tells which pod this is", podvmconfig.Path)
+}
+
+func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod *podvmconfig.Config, loading *kmod.Loading, m *marks) error {
+	if boot.Links == nil {
+		return errors.New("the user data's disk has no network-config: give the interface's static address there, this image has no DHCP client")
+	}
+	if err := loading.WaitFor("virtio_net"); err != nil {
+		return err
+	}
+	if err := guestnet.ConfigureLinks(ctx, boot.Links); err != nil {
+		return err
+	}
+	m.done("nic")
+	if err := loading.WaitFor("vxlan", "nf_tables"); err != nil {
+		return err
+	}
+	defer m.done("tunnel")
+	return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
+}

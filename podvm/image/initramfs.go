@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"bytes"
+	"debug/elf"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"time"
+
+	"github.com/cavaliergopher/cpio"
+	"github.com/kata-remote/kata-remote/podvm/kmod"
+)
+
+// epoch is the time all files of the image have.
+var epoch = time.Unix(0, 0)
+
+// directories of the initramfs. The mount points among them are what podvmd mounts
+// on; the others are what containers and libraries expect of any Linux.
+var directories = []string{"dev", "etc", "lib", "lib/modules", "proc", "run", "sys", "tmp", "var"}
+
+// writeInitramfs writes a cpio archive in the "newc" form. The kernel unpacks it in
+// order, so a directory stands before what is in it.
+func writeInitramfs(w io.Writer, podvmd string, modules []Module) error {
+	a := archive{w: cpio.NewWriter(w)}
+	for _, d := range directories {
+		a.dir(d)
+	}
+	a.file("init", 0o755, func() ([]byte, error) { return os.ReadFile(podvmd) })
+	list := make([]kmod.Module, 0, len(modules))
+	for _, m := range modules {
+		entry := kmod.Module{Name: m.Name, File: m.Name + ".ko", When: m.When, Deps: m.Deps}
+		list = append(list, entry)
+		a.file(path.Join(kmod.Dir[1:], entry.File), 0o644, func() ([]byte, error) { return os.ReadFile(m.Path) })
+	}
+	a.file(kmod.ListFile[1:], 0o644, func() ([]byte, error) {
+		var b bytes.Buffer
+		err := kmod.WriteList(&b, list)
+		return b.Bytes(), err
+	})
+	if a.err != nil {
+		return a.err
+	}
+	return a.w.Close()
+}
+
+// archive adds entries until the first error.
+type archive struct {
+	w     *cpio.Writer
+	inode int64
+	err   error
+}
+
+func (a *archive) dir(name string) {
+	a.add(&cpio.Header{Name: name, Mode: cpio.TypeDir | 0o755, Links: 2}, nil)
+}
+
+func (a *archive) file(name string, mode cpio.FileMode, read func() ([]byte, error)) {
+	if a.err != nil {
+		return
+	}
+	data, err := read()
+	if err != nil {
+		a.err = fmt.Errorf("initramfs: %w", err)
+		return
+	}
+	a.add(&cpio.Header{Name: name, Mode: cpio.TypeReg | mode, Size: int64(len(data)), Links: 1}, data)
+}
+
+func (a *archive) add(h *cpio.Header, data []byte) {
+	if a.err != nil {
+		return
+	}
+	a.inode++
+	h.Inode, h.ModTime = a.inode, epoch
+	if err := a.w.WriteHeader(h); err != nil {
+		a.err = fmt.Errorf("initramfs: %s: %w", h.Name, err)
+		return
+	}
+	if _, err := a.w.Write(data); err != nil {
+		a.err = fmt.Errorf("initramfs: %s: %w", h.Name, err)
+	}
+}
+
+// checkStatic refuses a podvmd that needs a dynamic loader: there is none in the
+// image, and the kernel's message for it ("No working init found") tells nothing.
+func checkStatic(podvmd string) error {
+	f, err := elf.Open(podvmd)
+	if err != nil {
+		return fmt.Errorf("podvmd %s: %w", podvmd, err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return fmt.Errorf("podvmd %s is linked dynamically: build it with -ldflags '-extldflags -static'", podvmd)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+// wanted are the modules a pod VM needs; what they depend on comes with them.
+var wanted = []Want{
+	// The machine's devices. Clouds and QEMU's q35 have them on PCI, QEMU's microvm
+	// as memory-mapped devices.
+	{Name: "virtio_pci", When: "pci"},
+	{Name: "virtio_mmio", When: "mmio"},
+	{Name: "virtio_net"},
+	{Name: "virtio_blk"}, // the disk with the user data
+	// The guest end of the tunnel.
+	{Name: "vxlan"},
+	// Its source filter (netns/vxlan): tables, sets and lookups are all in this one.
+	{Name: "nf_tables"},
+}
