@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package nstest makes network topologies for tests out of fresh namespaces: a worker
+// node with a bridge as its CNI, pods, the machines beside it. All of it goes with the
+// test that made it. It needs root. What fails, fails the test.
+package nstest
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-remote/kata-remote/netns"
+)
+
+// NS is one network namespace.
+type NS struct {
+	// Path is where it is mounted.
+	Path string
+	// Handle is a netlink socket inside it.
+	Handle *netlink.Handle
+
+	t testing.TB
+}
+
+// New makes a namespace with lo up. Forwarding, rp_filter and accept_ra are off
+// whatever this machine inherits to new namespaces, so that snapshots compare.
+func New(t testing.TB, name string) *NS {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := netns.Create(path); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netns.Remove(path); err != nil {
+			t.Errorf("remove namespace: %v", err)
+		}
+	})
+	n := Open(t, path)
+	for _, dev := range []string{"all", "default"} {
+		n.Sysctl("ipv4/conf/"+dev+"/forwarding", "0")
+		n.Sysctl("ipv4/conf/"+dev+"/rp_filter", "0")
+		n.Sysctl("ipv6/conf/"+dev+"/accept_ra", "0")
+		n.Sysctl("ipv6/conf/"+dev+"/accept_dad", "0")
+	}
+	n.Up("lo")
+	return n
+}
+
+// Open returns the namespace at path, which somebody else owns.
+func Open(t testing.TB, path string) *NS {
+	t.Helper()
+	h, err := netns.Open(context.Background(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	return &NS{Path: path, Handle: h, t: t}
+}
+
+// Try runs f inside the namespace and returns its error.
+func (n *NS) Try(f func() error) error { return netns.Do(context.Background(), n.Path, f) }
+
+// Do runs f inside the namespace; an error fails the test.
+func (n *NS) Do(f func() error) {
+	n.t.Helper()
+	if err := n.Try(f); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Link returns the interface of that name.
+func (n *NS) Link(name string) netlink.Link {
+	n.t.Helper()
+	l, err := n.Handle.LinkByName(name)
+	if err != nil {
+		n.t.Fatalf("find %s: %v", name, err)
+	}
+	return l
+}
+
+// Up brings the interface up.
+func (n *NS) Up(name string) {
+	n.t.Helper()
+	if err := n.Handle.LinkSetUp(n.Link(name)); err != nil {
+		n.t.Fatalf("bring %s up: %v", name, err)
+	}
+}
+
+// Addr adds addresses to the interface, without duplicate address detection.
+func (n *NS) Addr(dev string, cidrs ...string) {
+	n.t.Helper()
+	for _, c := range cidrs {
+		p := netip.MustParsePrefix(c)
+		a := &netlink.Addr{IPNet: ipNet(p)}
+		if p.Addr().Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		if err := n.Handle.AddrAdd(n.Link(dev), a); err != nil {
+			n.t.Fatalf("add %s to %s: %v", c, dev, err)
+		}
+	}
+}
+
+// Route adds a route to dst through dev, via gw unless that is empty.
+func (n *NS) Route(dst, gw, dev string) {
+	n.t.Helper()
+	r := &netlink.Route{Dst: ipNet(netip.MustParsePrefix(dst)), LinkIndex: n.Link(dev).Attrs().Index}
+	if gw != "" {
+		r.Gw = net.ParseIP(gw)
+	} else {
+		r.Scope = unix.RT_SCOPE_LINK
+	}
+	if err := n.Handle.RouteAdd(r); err != nil {
+		n.t.Fatalf("add route to %s: %v", dst, err)
+	}
+}
+
+// MTU sets the interface's MTU in bytes.
+func (n *NS) MTU(dev string, mtu int) {
+	n.t.Helper()
+	if err := n.Handle.LinkSetMTU(n.Link(dev), mtu); err != nil {
+		n.t.Fatalf("set MTU of %s: %v", dev, err)
+	}
+}
+
+// Bridge makes a bridge, up.
+func (n *NS) Bridge(name string) {
+	n.t.Helper()
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	if err := n.Handle.LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
+		n.t.Fatalf("make bridge %s: %v", name, err)
+	}
+	n.Up(name)
+}
+
+// Veth makes a pair of interfaces, name in n and peer in other, both up.
+func (n *NS) Veth(name string, other *NS, peer string) {
+	n.t.Helper()
+	f, err := netns.OpenFile(other.Path)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer f.Close()
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	err = n.Handle.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: peer, PeerNamespace: netlink.NsFd(f.Fd())})
+	if err != nil {
+		n.t.Fatalf("make veth %s: %v", name, err)
+	}
+	n.Up(name)
+	other.Up(peer)
+}
+
+// Plug connects dev of other to the bridge in n.
+func (n *NS) Plug(bridge string, other *NS, dev string) {
+	n.t.Helper()
+	port := fmt.Sprintf("port%d", n.Link(bridge).Attrs().Index*100+len(n.links()))
+	n.Veth(port, other, dev)
+	if err := n.Handle.LinkSetMaster(n.Link(port), n.Link(bridge)); err != nil {
+		n.t.Fatalf("plug %s into %s: %v", dev, bridge, err)
+	}
+}
+
+// Sysctl sets a file below /proc/sys/net.
+func (n *NS) Sysctl(name, value string) {
+	n.t.Helper()
+	n.Do(func() error { return os.WriteFile(filepath.Join("/proc/sys/net", name), []byte(value), 0) })
+}
+
+func (n *NS) links() []netlink.Link {
+	n.t.Helper()
+	links, err := n.Handle.LinkList()
+	if err != nil {
+		n.t.Fatalf("list interfaces: %v", err)
+	}
+	return links
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// Snapshot describes what a tunnel could leave behind in the namespace, one fact per
+// line: interfaces with their index, addresses, routes of all tables, rules,
+// permanent neighbours, qdiscs, ingress filters, nftables tables, and the sysctls of
+// each interface that the tunnel changes.
+func (n *NS) Snapshot() string {
+	n.t.Helper()
+	var out []string
+	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	check := func(err error) {
+		n.t.Helper()
+		if err != nil {
+			n.t.Fatalf("snapshot: %v", err)
+		}
+	}
+	names := []string{"all", "default"}
+	for _, l := range n.links() {
+		a := l.Attrs()
+		names = append(names, a.Name)
+		add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags, a.Group, a.Alias, a.HardwareAddr)
+		addrs, err := n.Handle.AddrList(l, unix.AF_UNSPEC)
+		check(err)
+		for _, addr := range addrs {
+			add("addr %s %s flags %d", a.Name, addr.IPNet, addr.Flags)
+		}
+		neighbors, err := n.Handle.NeighList(a.Index, unix.AF_UNSPEC)
+		check(err)
+		for _, nb := range neighbors {
+			if nb.State == netlink.NUD_PERMANENT {
+				add("neigh %s %s %s", a.Name, nb.IP, nb.HardwareAddr)
+			}
+		}
+		qdiscs, err := n.Handle.QdiscList(l)
+		check(err)
+		for _, q := range qdiscs {
+			add("qdisc %s %s", a.Name, q.Type())
+		}
+		filters, err := n.Handle.FilterList(l, 0xfffffff2)
+		check(err)
+		for _, f := range filters {
+			add("filter %s %d %d %s %+v", a.Name, f.Attrs().Priority, f.Attrs().Protocol, f.Type(), filterDetail(f))
+		}
+	}
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		routes, err := n.Handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		check(err)
+		for _, r := range routes {
+			add("route %s table %d type %d proto %d", r, r.Table, r.Type, r.Protocol)
+		}
+		rules, err := n.Handle.RuleList(family)
+		check(err)
+		for _, r := range rules {
+			add("rule %d family %d table %d iif %q mark %d proto %d", r.Priority, family, r.Table, r.IifName, r.Mark, r.Protocol)
+		}
+	}
+	n.Do(func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		tables, err := c.ListTables()
+		for _, t := range tables {
+			add("nft %d %s", t.Family, t.Name)
+		}
+		return err
+	})
+	n.Do(func() error {
+		for _, dev := range names {
+			for _, s := range []string{"ipv4/conf/%s/forwarding", "ipv6/conf/%s/forwarding", "ipv6/conf/%s/accept_ra", "ipv6/conf/%s/disable_ipv6"} {
+				name := fmt.Sprintf(s, dev)
+				b, err := os.ReadFile(filepath.Join("/proc/sys/net", name))
+				if err != nil {
+					return err
+				}
+				add("sysctl %s %s", name, strings.TrimSpace(string(b)))
+			}
+		}
+		return nil
+	})
+	slices.Sort(out)
+	return strings.Join(out, "\n")
+}
+
+// filterDetail is what a filter does, without counters and kernel-made numbers.
+func filterDetail(f netlink.Filter) string {
+	u, ok := f.(*netlink.U32)
+	if !ok {
+		return ""
+	}
+	var out []string
+	for _, k := range u.Sel.Keys {
+		out = append(out, fmt.Sprintf("%08x/%08x@%d", k.Val, k.Mask, k.Off))
+	}
+	for _, a := range u.Actions {
+		if m, ok := a.(*netlink.MirredAction); ok {
+			out = append(out, fmt.Sprintf("mirred %d to %d then %d", m.MirredAction, m.Ifindex, m.Action))
+		} else {
+			out = append(out, a.Type())
+		}
+	}
+	return strings.Join(out, " ")
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vxlan
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kata-remote/kata-remote/netns"
+	"github.com/kata-remote/kata-remote/netns/nstest"
+)
+
+// TestTraffic: ping and HTTP both ways through the tunnel, small and in bulk, for
+// both IP versions of the pod over both of the underlay, with the node and with
+// another pod.
+func TestTraffic(t *testing.T) {
+	for name, underlay6 := range map[string]bool{"underlay IPv4": false, "underlay IPv6": true} {
+		t.Run(name, func(t *testing.T) {
+			b := newTestbed(t, underlay6)
+			b.up()
+			bulk := strings.Repeat("0123456789abcdef", 4<<20/16)
+			for _, path := range []struct {
+				name     string
+				from, to *nstest.NS
+				addrs    [2]string
+			}{
+				{"node to pod", b.Node, b.Guest, [2]string{nstest.PodAddr4.String(), nstest.PodAddr6.String()}},
+				{"pod to node", b.Guest, b.Node, [2]string{nstest.NodeCNI4.String(), nstest.NodeCNI6.String()}},
+				{"peer to pod", b.Peer, b.Guest, [2]string{nstest.PodAddr4.String(), nstest.PodAddr6.String()}},
+				{"pod to peer", b.Guest, b.Peer, [2]string{nstest.PeerAddr4.String(), nstest.PeerAddr6.String()}},
+			} {
+				for _, a := range path.addrs {
+					addr := addrOf(a)
+					if err := ping(t, path.from, addr); err != nil {
+						t.Errorf("%s: ping: %v", path.name, err)
+						continue
+					}
+					server := serve(t, path.to, addr, bulk)
+					got, err := get(path.from, server, bytes.NewReader([]byte(bulk)))
+					if err != nil {
+						t.Errorf("%s: HTTP: %v", path.name, err)
+					} else if got != bulk {
+						t.Errorf("%s: HTTP: body of %d bytes is not what was sent (%d)", path.name, len(got), len(bulk))
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestPodSeesWhatCNIMade: Inspect on the guest end gives what it gave on the node,
+// but for the MTU.
+func TestPodSeesWhatCNIMade(t *testing.T) {
+	b := newTestbed(t, false)
+	b.Pod.Route("10.99.0.0/16", "", "eth0")
+	b.Pod.Route("10.98.0.0/16", "10.99.0.1", "eth0")
+	b.Pod.Do(func() error { return nil })
+	want, err := netns.Inspect(t.Context(), b.Pod.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want[0].Neighbors = []netns.Neighbor{{IP: nstest.NodeCNI4, HWAddr: mac("02:00:00:00:00:01"), State: netns.StatePermanent}}
+	b.guest.Pod = want[0]
+	for range 2 {
+		if err := b.ensureGuest(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Inspect leaves devices of ours out; in the VM the device is the pod's own.
+	l := b.Guest.Link("eth0")
+	if err := b.Guest.Handle.LinkSetGroup(l, 0); err != nil {
+		t.Fatal(err)
+	}
+	got, err := netns.Inspect(t.Context(), b.Guest.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want[0].MTU = 1450
+	if d := cmp.Diff(want, got, cmp.Comparer(equalAddr), cmp.Comparer(equalPrefix)); d != "" {
+		t.Errorf("guest differs from the CNI's interface (-node +guest):\n%s", d)
+	}
+}
