@@ -80,7 +80,9 @@ func Wait(ctx context.Context, t Target) (*tls.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		last = err
+		if ctx.Err() == nil || last == nil {
+			last = err
+		}
 		wait := pause
 		var stranger *tls.CertificateVerificationError
 		if errors.As(err, &stranger) {
@@ -99,7 +101,9 @@ func connect(ctx context.Context, t Target, last *error) (net.Conn, error) {
 		conn net.Conn
 		err  error
 	}
-	dialing, cancel := context.WithCancel(ctx)
+	// Without ctx's deadline, which would make the last attempt's end look like
+	// what the VM did to it.
+	dialing, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	results := make(chan result)
 	pending := 0
 	defer func() {

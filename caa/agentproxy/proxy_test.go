@@ -236,7 +236,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	}
 	free.Close()
 	for name, addr := range map[string]string{"refused": free.Addr().String(), "silent": l.Addr().String()} {
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		_, err = Wait(ctx, Target{Addr: netip.MustParseAddrPort(addr), TLS: clientTLS(t, b)})
 		cancel()
 		if err == nil || !strings.Contains(err.Error(), addr) {
@@ -252,7 +252,12 @@ func TestForwarderOfAnotherSandboxIsRefused(t *testing.T) {
 	ours := issue(t, serverName)
 	for name, theirs := range map[string]*pki.Bundle{"other name": issue(t, "podvm-other-2"), "same name": issue(t, serverName)} {
 		v := startVM(t, "127.0.0.1:0", theirs)
-		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { // until it tries again
+			for v.accepted.Load() < 2 && sleep(ctx, time.Millisecond) == nil {
+			}
+			cancel()
+		}()
 		_, err := Wait(ctx, Target{Addr: v.addr, TLS: clientTLS(t, ours)})
 		cancel()
 		var refused *tls.CertificateVerificationError
@@ -280,8 +285,8 @@ func TestClientLearnsThatTheVMIsGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.stop()
-	if _, err := health.Check(t.Context(), &agentpb.CheckRequest{}); err == nil {
-		t.Error("a call after the end of the VM succeeded")
+	for err == nil { // the server ends its connections a moment after it has said so
+		_, err = health.Check(t.Context(), &agentpb.CheckRequest{})
 	}
 	startVM(t, v.addr.String(), b)
 	if err := check(t, path); err != nil {
