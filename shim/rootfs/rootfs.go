@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package rootfs brings a container's root file system into the guest. Node and
+// guest share no file system, so there are several ways, behind Source:
+//
+//   - FromNode mounts what containerd's snapshotter hands out and streams it.
+//   - Pull by the guest has the same interface: what it needs is in the mounts.
+//
+// Choose picks the way by the mounts of the request.
+package rootfs
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/extension"
+	"github.com/kata-remote/kata-remote/shim/guest"
+)
+
+// Request says what root file system a container is to have.
+type Request struct {
+	Container string
+	// Bundle is the bundle directory; its rootfs is the root file system where
+	// Mounts is empty, and the place to mount them where it is not.
+	Bundle string
+	// Root is the spec's root.path, absolute or relative to Bundle.
+	Root   string
+	Mounts []*types.Mount
+}
+
+// Result says where the guest has it.
+type Result struct {
+	// Path for CreateContainer's Root.Path.
+	Path string
+	// Storages the agent is to prepare in CreateContainer.
+	Storages []*agentpb.Storage
+}
+
+// Source is one way to bring a root file system into the guest. A failed Prepare
+// leaves nothing on the node; what it left in the guest goes with the container's id.
+type Source interface {
+	Prepare(ctx context.Context, r Request) (Result, error)
+}
+
+// virtualVolume begins the mount option by which nydus-snapshotter says that the
+// guest is to pull the image (kata.md §5.1).
+const virtualVolume = "io.katacontainers.volume="
+
+// Choose returns the way that the request's mounts ask for.
+func Choose(conn *guest.Conn, features extension.Set, r Request) (Source, error) {
+	for _, m := range r.Mounts {
+		for _, o := range m.Options {
+			if strings.HasPrefix(o, virtualVolume) {
+				return nil, fmt.Errorf("container %s: the snapshotter asks that the pod VM pull the image (a KataVirtualVolume mount), which is not supported yet: configure an ordinary snapshotter such as overlayfs for this runtime: %w", r.Container, errdefs.ErrNotImplemented)
+			}
+		}
+	}
+	if !features.Has(extension.Rootfs) {
+		return nil, fmt.Errorf("container %s: the agent in the pod VM cannot take a root file system from the node (it lacks %s): use a pod VM image made by this project: %w", r.Container, extension.Rootfs, errdefs.ErrNotImplemented)
+	}
+	return &FromNode{conn: conn}, nil
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sandbox
+
+import (
+	"context"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/shim/guest"
+	"github.com/kata-remote/kata-remote/shim/rootfs"
+	"github.com/kata-remote/kata-remote/shim/spec"
+	"github.com/kata-remote/kata-remote/shim/volume"
+)
+
+// Made is a container that exists in the guest.
+type Made struct {
+	Guest Guest
+	// TerminationLog is the node's file for the termination message, or empty.
+	TerminationLog string
+}
+
+// CreateContainer makes a container in the guest: root file system, volumes, then
+// the container itself. The volumes are looked at first, because what is wrong with
+// them is the user's mistake and the root file system may take long. A failure
+// leaves nothing in the guest that is not named after the container.
+func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequest, spc *specs.Spec) (*Made, error) {
+	g, err := s.Guest()
+	if err != nil {
+		return nil, err
+	}
+	plan, err := volume.New(spc.Mounts, s.cfg.ID, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	storages, err := plan.Storages()
+	if err != nil {
+		return nil, err
+	}
+	opts := spec.Options{ContainerID: r.ID, Mounts: plan.Mounts(), Seccomp: g.Seccomp, TerminationPath: plan.TerminationPath}
+	converted, err := spec.Convert(spc, opts)
+	if err != nil {
+		return nil, err
+	}
+	rr := rootfs.Request{Container: r.ID, Bundle: r.Bundle, Mounts: r.Rootfs}
+	if spc.Root != nil {
+		rr.Root = spc.Root.Path
+	}
+	source, err := rootfs.Choose(g.Conn, g.Features, rr)
+	if err != nil {
+		return nil, err
+	}
+	root, err := source.Prepare(ctx, rr)
+	if err != nil {
+		return nil, err
+	}
+	if err := plan.Copy(ctx, g.Conn); err != nil {
+		return nil, err
+	}
+	converted.OCI.Root.Path = root.Path
+	converted.OCI.Process.Terminal = r.Terminal
+	err = guest.AgentOnce(ctx, g.Conn, errdefs.IsAlreadyExists, agentpb.AgentServiceService.CreateContainer, &agentpb.CreateContainerRequest{
+		ContainerId: r.ID, ExecId: r.ID, OCI: converted.OCI, SandboxPidns: converted.SandboxPIDNS,
+		Storages: append(root.Storages, storages...),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Made{Guest: g, TerminationLog: plan.TerminationSource}, nil
+}

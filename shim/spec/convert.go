@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package spec
+
+import (
+	"maps"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+)
+
+// Process is p in the protocol's form. Labels of the node's security modules are
+// left out: the guest has policies of its own.
+func Process(p *specs.Process) *agentpb.Process {
+	if p == nil {
+		return nil
+	}
+	out := &agentpb.Process{
+		Terminal: p.Terminal, Args: p.Args, Env: p.Env, Cwd: p.Cwd, NoNewPrivileges: p.NoNewPrivileges,
+		User: &agentpb.User{UID: p.User.UID, GID: p.User.GID, AdditionalGids: p.User.AdditionalGids, Username: p.User.Username},
+	}
+	if s := p.ConsoleSize; s != nil {
+		out.ConsoleSize = &agentpb.Box{Height: uint32(s.Height), Width: uint32(s.Width)}
+	}
+	if c := p.Capabilities; c != nil {
+		out.Capabilities = &agentpb.LinuxCapabilities{Bounding: c.Bounding, Effective: c.Effective, Inheritable: c.Inheritable, Permitted: c.Permitted, Ambient: c.Ambient}
+	}
+	for _, r := range p.Rlimits {
+		out.Rlimits = append(out.Rlimits, &agentpb.POSIXRlimit{Type: r.Type, Hard: r.Hard, Soft: r.Soft})
+	}
+	if p.OOMScoreAdj != nil {
+		out.OOMScoreAdj = int64(*p.OOMScoreAdj)
+	}
+	return out
+}
+
+// Resources is r in the protocol's form, without what names things of the node: its
+// CPU sets, NUMA nodes, block devices, huge pages and traffic classes.
+func Resources(r *specs.LinuxResources) *agentpb.LinuxResources {
+	if r == nil {
+		return nil
+	}
+	out := &agentpb.LinuxResources{}
+	for _, d := range r.Devices {
+		out.Devices = append(out.Devices, &agentpb.LinuxDeviceCgroup{Allow: d.Allow, Type: d.Type, Major: number(d.Major, -1), Minor: number(d.Minor, -1), Access: d.Access})
+	}
+	if m := r.Memory; m != nil {
+		out.Memory = &agentpb.LinuxMemory{
+			Limit: number(m.Limit, 0), Reservation: number(m.Reservation, 0), Swap: number(m.Swap, 0),
+			Kernel: number(m.Kernel, 0), KernelTCP: number(m.KernelTCP, 0), //nolint:staticcheck // deprecated, but part of the contract
+			Swappiness: number(m.Swappiness, 0), DisableOOMKiller: number(m.DisableOOMKiller, false),
+		}
+	}
+	if c := r.CPU; c != nil {
+		out.CPU = &agentpb.LinuxCPU{
+			Shares: number(c.Shares, 0), Quota: number(c.Quota, 0), Period: number(c.Period, 0),
+			RealtimeRuntime: number(c.RealtimeRuntime, 0), RealtimePeriod: number(c.RealtimePeriod, 0),
+		}
+	}
+	if r.Pids != nil {
+		out.Pids = &agentpb.LinuxPids{Limit: pidsLimit(r.Pids)}
+	}
+	return out
+}
+
+func number[T any](p *T, missing T) T {
+	if p == nil {
+		return missing
+	}
+	return *p
+}
+
+func pidsLimit(p *specs.LinuxPids) int64 { return number(p.Limit, 0) }
+
+func mounts(in []specs.Mount) (out []*agentpb.Mount) {
+	for _, m := range in {
+		out = append(out, &agentpb.Mount{Destination: m.Destination, Source: m.Source, Type: m.Type, Options: m.Options})
+	}
+	return out
+}
+
+func idMappings(in []specs.LinuxIDMapping) (out []*agentpb.LinuxIDMapping) {
+	for _, m := range in {
+		out = append(out, &agentpb.LinuxIDMapping{HostID: m.HostID, ContainerID: m.ContainerID, Size: m.Size})
+	}
+	return out
+}
+
+func devices(in []specs.LinuxDevice) (out []*agentpb.LinuxDevice) {
+	for _, d := range in {
+		x := &agentpb.LinuxDevice{Path: d.Path, Type: d.Type, Major: d.Major, Minor: d.Minor, UID: number(d.UID, 0), GID: number(d.GID, 0)}
+		if d.FileMode != nil {
+			x.FileMode = uint32(*d.FileMode)
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+func seccomp(s *specs.LinuxSeccomp) *agentpb.LinuxSeccomp {
+	if s == nil {
+		return nil
+	}
+	out := &agentpb.LinuxSeccomp{DefaultAction: string(s.DefaultAction)}
+	for _, a := range s.Architectures {
+		out.Architectures = append(out.Architectures, string(a))
+	}
+	for _, f := range s.Flags {
+		out.Flags = append(out.Flags, string(f))
+	}
+	for _, c := range s.Syscalls {
+		x := &agentpb.LinuxSyscall{Names: c.Names, Action: string(c.Action)}
+		if c.ErrnoRet != nil {
+			x.ErrnoRet = &agentpb.LinuxSyscall_Errnoret{Errnoret: uint32(*c.ErrnoRet)}
+		}
+		for _, a := range c.Args {
+			x.Args = append(x.Args, &agentpb.LinuxSeccompArg{Index: uint64(a.Index), Value: a.Value, ValueTwo: a.ValueTwo, Op: string(a.Op)})
+		}
+		out.Syscalls = append(out.Syscalls, x)
+	}
+	return out
+}
+
+func annotations(in map[string]string, drop []string, add map[string]string) map[string]string {
+	out := maps.Clone(in)
+	if out == nil {
+		out = map[string]string{}
+	}
+	for _, k := range drop {
+		delete(out, k)
+	}
+	maps.Copy(out, add)
+	return out
+}
