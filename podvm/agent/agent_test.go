@@ -25,6 +25,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 	"github.com/opencontainers/cgroups"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -474,3 +475,8 @@ func hashOf(t *testing.T, b []byte) string {
 	}
 	return strings.Fields(string(out))[0]
 }
+
+// writeFile writes without creating: a fifo stays one.
+func writeFile(path string, data []byte) error { return os.WriteFile(path, data, 0o644) }
+
+func mkfifo(path string) error { return unix.Mkfifo(path, 0o644) }

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"os"
+	"runtime"
 
 	// Makes the cgroup manager able to restrict devices, without which it refuses to
 	// start a container.
@@ -13,6 +14,12 @@ import (
 	// starts threads.
 	_ "github.com/opencontainers/runc/libcontainer/nsenter"
 )
+
+// libcontainer and this package run threads in namespaces of a container and let them
+// die afterwards. The runtime cannot let the main thread die: it would stay there for
+// ever, and /proc/self of the whole process with it. Locked to the main goroutine it
+// is never taken for such work.
+func init() { runtime.LockOSThread() }
 
 // Init must be the first call of main. libcontainer starts every container process
 // by running this binary again with the argument "init"; in such a child Init turns

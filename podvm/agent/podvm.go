@@ -209,6 +209,9 @@ func (s *podvm) ReadOutput(ctx context.Context, srv podvmpb.PodVM_ReadOutputServ
 	if err := out.Ack(req.Acked); err != nil {
 		return toGRPC(err)
 	}
+	if kept, produced := out.Bounds(); req.Offset < kept || req.Offset > produced {
+		return toGRPC(fmt.Errorf("offset %d is outside of the kept output, %d to %d: %w", req.Offset, kept, produced, errdefs.ErrOutOfRange))
+	}
 	acks := make(chan uint64, 1)
 	failed := make(chan error, 1)
 	go receiveAcks(srv, out, acks, failed) // ends with the stream, which ends with this call
@@ -264,34 +267,31 @@ func receiveAcks(srv podvmpb.PodVM_ReadOutputServer, out *stream.Output, acks ch
 
 // push sends output until its end.
 func push(ctx context.Context, srv podvmpb.PodVM_ReadOutputServer, out *stream.Output, req *podvmpb.ReadOutputRequest, acks <-chan uint64, failed <-chan error) error {
-	sent, acked := req.Offset, req.Acked
+	// What the caller has already is not in flight, acknowledged or not.
+	sent, acked := req.Offset, req.Offset
 	for {
-		// The newest acknowledgement; or any, when the window is full.
+		// Without room, wait for an acknowledgement; with room, take one that is there.
+		open := make(chan struct{})
+		if sent-acked < req.Window {
+			close(open)
+		}
 		var err error
-		if sent-acked >= req.Window {
-			select {
-			case acked = <-acks:
-			case err = <-failed:
-			case <-ctx.Done():
-				err = context.Cause(ctx)
+		select {
+		case newest := <-acks:
+			if newest > sent {
+				return fmt.Errorf("%d bytes acknowledged, only %d were sent: %w", newest, sent, errdefs.ErrInvalidArgument)
 			}
-		} else {
-			select {
-			case acked = <-acks:
-			case err = <-failed:
-			default:
-			}
+			acked = max(acked, newest)
+			continue
+		case err = <-failed:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		case <-open:
 		}
 		if err != nil {
 			return err
 		}
-		if acked > sent {
-			return fmt.Errorf("%d bytes acknowledged, only %d were sent: %w", acked, sent, errdefs.ErrInvalidArgument)
-		}
 		room := req.Window - (sent - acked)
-		if room == 0 || sent-acked > req.Window {
-			continue
-		}
 		data, last, err := out.Next(ctx, sent, int(min(room, extension.ChunkSize)))
 		if err != nil {
 			if cause := context.Cause(ctx); cause != nil {

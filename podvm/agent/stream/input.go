@@ -137,3 +137,10 @@ func (i *Input) shut() {
 		_ = i.dst.Close()
 	}
 }
+
+// Writing tells whether a write is under way.
+func (i *Input) Writing() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.writing
+}
