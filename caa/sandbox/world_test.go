@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+	"go.uber.org/goleak"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
+	"github.com/kata-remote/kata-remote/agent-protocol/relay"
+	"github.com/kata-remote/kata-remote/caa/store"
+	"github.com/kata-remote/kata-remote/cloud"
+	"github.com/kata-remote/kata-remote/cloud/sim"
+	"github.com/kata-remote/kata-remote/cloud/userdata"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is everything outside the adaptor: the cloud with its VMs, the node's
+// network, the disk. Managers come and go over it.
+type world struct {
+	t       testing.TB
+	dir     string
+	cloud   *sim.World
+	vms     *vms
+	network *fakeNetwork
+	log     *bytes.Buffer // everything every Manager logged, debug included
+	logMu   sync.Mutex
+
+	timeout time.Duration // ProxyTimeout
+	lease   time.Duration
+	limit   int
+	fault   func(string)
+}
+
+func (w *world) Write(p []byte) (int, error) {
+	w.logMu.Lock()
+	defer w.logMu.Unlock()
+	return w.log.Write(p)
+}
+
+func (w *world) logged() string {
+	w.logMu.Lock()
+	defer w.logMu.Unlock()
+	return w.log.String()
+}
+
+func newWorld(t testing.TB, cfg sim.Config) *world {
+	t.Helper()
+	w := &world{
+		t: t, vms: newVMs(t), network: &fakeNetwork{tunnels: map[string]NodeTunnel{}, spaces: map[string]bool{}},
+		log: new(bytes.Buffer), timeout: 20 * time.Second, lease: time.Hour, limit: -1,
+	}
+	// Socket paths must be short; t.TempDir's are not.
+	dir, err := os.MkdirTemp("", "caa")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.dir = dir
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cfg.Launcher = w.vms
+	w.cloud = sim.NewWorld(cfg)
+	t.Cleanup(func() {
+		w.cloud.Heal()
+		w.cloud.Close()
+	})
+	return w
+}
+
+// adaptor is one life of the adaptor.
+type adaptor struct {
+	*Manager
+	w     *world
+	store *store.Store
+	once  sync.Once
+}
+
+// start makes a Manager over the world and lets it recover.
+func (w *world) start() *adaptor {
+	w.t.Helper()
+	a, err := w.tryStart()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return a
+}
+
+func (w *world) tryStart() (*adaptor, error) {
+	w.t.Helper()
+	st, err := store.Open(w.t.Context(), filepath.Join(w.dir, "state"))
+	if err != nil {
+		return nil, err
+	}
+	a := &adaptor{w: w, store: st}
+	a.Manager = New(Config{
+		Records: st, Provider: w.cloud.NewProvider(), ProviderName: "sim", Owner: cloud.Owner{Cluster: "c", Node: "n"},
+		Network: w.network, Underlay: func(context.Context) (cloud.Underlay, error) {
+			return cloud.Underlay{Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500}, nil
+		},
+		PodsDir: filepath.Join(w.dir, "pods"), ForwarderPort: w.vms.port, VXLANPort: 9000, VNIBase: 555000,
+		ProxyTimeout: w.timeout, Limit: w.limit, Lease: w.lease, ListSettle: 30 * time.Millisecond,
+		Log:        slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		FaultPoint: w.fault,
+	})
+	w.t.Cleanup(a.end)
+	if err := a.Recover(w.t.Context()); err != nil {
+		a.end()
+		return nil, err
+	}
+	return a, nil
+}
+
+// end ends this life as SIGTERM would.
+func (a *adaptor) end() {
+	a.once.Do(func() {
+		a.Close()
+		a.store.Close()
+	})
+}
+
+func (w *world) request(id string) Request {
+	ns := filepath.Join(w.dir, "netns-"+id)
+	w.network.mu.Lock()
+	w.network.spaces[ns] = true
+	w.network.mu.Unlock()
+	return Request{ID: id, NetNS: ns, Annotations: map[string]string{
+		annotation.SandboxName: "nginx", annotation.SandboxNamespace: "default",
+		annotation.MachineType: "", annotation.Image: "", annotation.DefaultVCPUs: "0", annotation.DefaultMemory: "0",
+		annotation.InitData: "", annotation.DefaultGPUs: "0", annotation.DefaultGPUModel: "",
+	}}
+}
+
+func (a *adaptor) create(id string) string {
+	a.w.t.Helper()
+	path, err := a.Create(a.w.t.Context(), a.w.request(id))
+	if err != nil {
+		a.w.t.Fatal(err)
+	}
+	return path
+}
+
+func (a *adaptor) up(id string) string {
+	a.w.t.Helper()
+	path := a.create(id)
+	if err := a.Start(a.w.t.Context(), id); err != nil {
+		a.w.t.Fatal(err)
+	}
+	return path
+}
+
+func (a *adaptor) state(id string) store.State {
+	sb, err := a.find(id)
+	if err != nil {
+		return StateGone
+	}
+	return sb.record().State
+}
+
+// gone waits until nothing is left of a sandbox.
+func (a *adaptor) gone(id string) {
+	a.w.t.Helper()
+	ctx, cancel := context.WithTimeout(a.w.t.Context(), 30*time.Second)
+	defer cancel()
+	if err := a.Wait(ctx, id); err != nil {
+		a.w.t.Fatalf("sandbox %s is not gone: %v\n%s", id, err, a.w.logged())
+	}
+}
+
+// until waits for a condition.
+func (w *world) until(what string, f func() bool) {
+	w.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !f() {
+		if time.Now().After(deadline) {
+			w.t.Fatalf("waited too long for: %s\n%s", what, w.logged())
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// leaks lists everything that is there and should not be: instances, tunnels,
+// records, socket directories.
+func (w *world) leaks(a *adaptor) []string {
+	var l []string
+	for _, i := range w.cloud.Instances() {
+		l = append(l, fmt.Sprintf("instance %s of sandbox %s", i.ID, i.SandboxID))
+	}
+	w.network.mu.Lock()
+	for _, dev := range slices.Sorted(maps.Keys(w.network.tunnels)) {
+		l = append(l, "tunnel "+dev)
+	}
+	w.network.mu.Unlock()
+	recs, broken, err := a.store.All()
+	if err != nil {
+		l = append(l, err.Error())
+	}
+	for _, r := range recs {
+		l = append(l, "record of "+r.ID)
+	}
+	for id := range broken {
+		l = append(l, "broken record of "+id)
+	}
+	files, _ := filepath.Glob(filepath.Join(w.dir, "pods", "*"))
+	l = append(l, files...)
+	a.mu.Lock()
+	for vni, id := range a.vnis {
+		l = append(l, fmt.Sprintf("VNI %d of %s", vni, id))
+	}
+	a.mu.Unlock()
+	return l
+}
+
+func (w *world) wantNothing(a *adaptor) {
+	w.t.Helper()
+	if l := w.leaks(a); len(l) > 0 {
+		w.t.Errorf("left behind: %v\n%s", l, w.logged())
+	}
+}
+
+// check calls the agent through the node's socket.
+func check(t testing.TB, path string) error {
+	t.Helper()
+	c, err := relay.Dial(t.Context(), path)
+	if err != nil {
+		return err
+	}
+	client := ttrpc.NewClient(c)
+	defer client.Close()
+	_, err = agentpb.NewHealthClient(client).Check(t.Context(), &agentpb.CheckRequest{})
+	return err
+}
+
+// fakeNetwork holds the tunnels there are.
+type fakeNetwork struct {
+	mu      sync.Mutex
+	spaces  map[string]bool       // namespaces there are; guarded by mu
+	tunnels map[string]NodeTunnel // by device; guarded by mu
+	fail    error                 // what Ensure returns; guarded by mu
+}
+
+func (n *fakeNetwork) Inspect(_ context.Context, path string) (podvmconfig.PodNetwork, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.spaces[path] {
+		return podvmconfig.PodNetwork{}, errdefs.ErrNotFound.WithMessage("network namespace " + path + " does not exist")
+	}
+	return podvmconfig.PodNetwork{
+		PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500,
+		Routes: []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.88.0.1", Dev: "eth0", Protocol: "boot", Scope: "universe"}},
+	}, nil
+}
+
+func (n *fakeNetwork) Ensure(_ context.Context, t NodeTunnel) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.fail != nil {
+		return n.fail
+	}
+	if !n.spaces[t.NetNS] {
+		return errdefs.ErrNotFound.WithMessage("network namespace " + t.NetNS + " does not exist")
+	}
+	for dev, o := range n.tunnels {
+		if dev != t.Device && o.VNI == t.VNI {
+			return errdefs.ErrFailedPrecondition.WithMessage(fmt.Sprintf("VNI %d is in use by %s", t.VNI, dev))
+		}
+	}
+	n.tunnels[t.Device] = t
+	return nil
+}
+
+func (n *fakeNetwork) Remove(_ context.Context, t NodeTunnel) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.tunnels, t.Device)
+	return nil
+}
+
+// vms starts, for each instance, what a pod VM is to the adaptor: an agent behind
+// mutual TLS, set up from the user data and nothing else.
+type vms struct {
+	t    testing.TB
+	port uint16
+	next atomic.Int32
+	mute atomic.Bool // VMs get an address and never answer
+	hold chan struct{}
+
+	mu      sync.Mutex
+	configs []*podvmconfig.Config // guarded by mu
+}
+
+func newVMs(t testing.TB) *vms {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return &vms{t: t, port: uint16(l.Addr().(*net.TCPAddr).Port)}
+}
+
+type vm struct {
+	addr netip.Addr
+	srv  *ttrpc.Server
+	done chan struct{}
+	stop sync.Once
+}
+
+func (v *vm) Addrs() []netip.Addr   { return []netip.Addr{v.addr} }
+func (v *vm) Done() <-chan struct{} { return v.done }
+func (v *vm) Stop() {
+	v.stop.Do(func() {
+		if v.srv == nil {
+			close(v.done)
+			return
+		}
+		v.srv.Close()
+	})
+	<-v.done
+}
+
+type health struct{}
+
+func (health) Check(context.Context, *agentpb.CheckRequest) (*agentpb.HealthCheckResponse, error) {
+	return &agentpb.HealthCheckResponse{Status: agentpb.HealthCheckResponse_SERVING}, nil
+}
+
+func (health) Version(context.Context, *agentpb.CheckRequest) (*agentpb.VersionCheckResponse, error) {
+	return &agentpb.VersionCheckResponse{}, nil
+}
+
+func (s *vms) Launch(ctx context.Context, _ cloud.InstanceID, req cloud.CreateRequest) (sim.Machine, error) {
+	if s.hold != nil {
+		select {
+		case <-s.hold:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	files, err := userdata.Parse(req.UserData)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) != 1 || files[0].Path != podvmconfig.Path {
+		return nil, fmt.Errorf("user data has %d files, want %s alone", len(files), podvmconfig.Path)
+	}
+	cfg, err := podvmconfig.Parse(files[0].Content)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	s.configs = append(s.configs, cfg)
+	s.mu.Unlock()
+	n := s.next.Add(1)
+	v := &vm{addr: netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}), done: make(chan struct{})}
+	if s.mute.Load() {
+		return v, nil
+	}
+	cert, err := tls.X509KeyPair([]byte(cfg.TLSServerCert), []byte(cfg.TLSServerKey))
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM([]byte(cfg.TLSClientCA))
+	l, err := tls.Listen("tcp", netip.AddrPortFrom(v.addr, s.port).String(), &tls.Config{
+		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert},
+		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if v.srv, err = ttrpc.NewServer(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	agentpb.RegisterHealthService(v.srv, health{})
+	go func() {
+		defer close(v.done)
+		v.srv.Serve(context.Background(), l)
+	}()
+	return v, nil
+}
