@@ -166,7 +166,7 @@ func TestBrokenRecordIsKeptAndCanBeStopped(t *testing.T) {
 
 func TestCloseDuringAStart(t *testing.T) {
 	w := newWorld(t, sim.Config{})
-	w.vms.mute.Store(true)
+	w.vms.Mute.Store(true)
 	a := w.start()
 	done := a.up2(t, "s1")
 	w.until("an instance", func() bool { return len(w.cloud.Instances()) == 1 })

@@ -52,7 +52,7 @@ func TestLife(t *testing.T) {
 	if strings.Join(names, " ") != strings.Join(Steps, " ") {
 		t.Errorf("steps on record: %v, want %v", names, Steps)
 	}
-	cfg := w.vms.configs[0]
+	cfg := w.vms.Configs()[0]
 	if cfg.PodName != "nginx" || cfg.PodNamespace != "default" || cfg.SandboxID != "s1" {
 		t.Errorf("the VM was told it is %s/%s, sandbox %s", cfg.PodNamespace, cfg.PodName, cfg.SandboxID)
 	}
@@ -88,7 +88,7 @@ func TestNoSecretIsLogged(t *testing.T) {
 	a = w.start()
 	a.Stop(t.Context(), "s1")
 	a.gone("s1")
-	cfg := w.vms.configs[0]
+	cfg := w.vms.Configs()[0]
 	log := w.logged()
 	if !strings.Contains(log, "step done") {
 		t.Fatalf("nothing in the log:\n%s", log)
@@ -245,7 +245,7 @@ func TestStepsAreUndone(t *testing.T) {
 		"create refused":    {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: errdefs.ErrPermissionDenied}) }, errdefs.IsPermissionDenied, "nginx"},
 		"create reply lost": {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: io.ErrUnexpectedEOF, Committed: true}) }, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }, "nginx"},
 		"no tunnel":         {func(w *world) { w.network.fail = refused }, func(err error) bool { return errors.Is(err, refused) }, "tunnel of pod default/nginx"},
-		"forwarder silent":  {func(w *world) { w.vms.mute.Store(true); w.timeout = 100 * time.Millisecond }, errdefs.IsUnavailable, "PROXY_TIMEOUT (100ms)"},
+		"forwarder silent":  {func(w *world) { w.vms.Mute.Store(true); w.timeout = 100 * time.Millisecond }, errdefs.IsUnavailable, "PROXY_TIMEOUT (100ms)"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, sim.Config{})
@@ -264,7 +264,7 @@ func TestStepsAreUndone(t *testing.T) {
 
 func TestSilentVMIsNamed(t *testing.T) {
 	w := newWorld(t, sim.Config{})
-	w.vms.mute.Store(true)
+	w.vms.Mute.Store(true)
 	w.timeout = 50 * time.Millisecond
 	a := w.start()
 	a.create("s1")
@@ -290,7 +290,7 @@ func TestUnavailableProviderIsAskedAgain(t *testing.T) {
 
 func TestDyingVMEndsTheWait(t *testing.T) {
 	w := newWorld(t, sim.Config{})
-	w.vms.mute.Store(true)
+	w.vms.Mute.Store(true)
 	a := w.start()
 	a.create("s1")
 	done := make(chan error, 1)
@@ -312,7 +312,7 @@ func TestDyingVMEndsTheWait(t *testing.T) {
 
 func TestCallerThatLeavesOrphansNothing(t *testing.T) {
 	w := newWorld(t, sim.Config{})
-	w.vms.hold = make(chan struct{})
+	w.vms.Hold = make(chan struct{})
 	a := w.start()
 	path := a.create("s1")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -323,7 +323,7 @@ func TestCallerThatLeavesOrphansNothing(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Fatalf("Start of a caller that left: %v", err)
 	}
-	close(w.vms.hold)
+	close(w.vms.Hold)
 	w.until("the start to end", func() bool { return a.state("s1") == StateRunning })
 	if a.Infos()[0].Lease.IsZero() {
 		t.Error("nobody was told and there is no lease")
@@ -345,7 +345,7 @@ func TestCallerThatLeavesOrphansNothing(t *testing.T) {
 func TestUnclaimedIsDeleted(t *testing.T) {
 	w := newWorld(t, sim.Config{})
 	w.lease = 40 * time.Millisecond
-	w.vms.hold = make(chan struct{})
+	w.vms.Hold = make(chan struct{})
 	a := w.start()
 	background, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -362,7 +362,7 @@ func TestUnclaimedIsDeleted(t *testing.T) {
 	w.until("the start", func() bool { return a.state("left") == StateStarting || a.state("left") == StateGone })
 	cancel()
 	<-done
-	close(w.vms.hold)
+	close(w.vms.Hold)
 	a.gone("never-started")
 	a.gone("left")
 	if err := <-kept; err != nil {
@@ -388,9 +388,9 @@ func TestStopEndsAStart(t *testing.T) {
 		t.Run(at, func(t *testing.T) {
 			w := newWorld(t, sim.Config{})
 			if at == "while dialling" {
-				w.vms.mute.Store(true)
+				w.vms.Mute.Store(true)
 			} else {
-				w.vms.hold = make(chan struct{})
+				w.vms.Hold = make(chan struct{})
 			}
 			a := w.start()
 			done := a.up2(t, "s1")
@@ -451,11 +451,11 @@ func TestStopWaitsForNotFound(t *testing.T) {
 
 func TestHungSandboxBlocksNobodyElse(t *testing.T) {
 	w := newWorld(t, sim.Config{})
-	w.vms.mute.Store(true)
+	w.vms.Mute.Store(true)
 	a := w.start()
 	done := a.up2(t, "hung")
 	w.until("its VM", func() bool { l := w.cloud.Instances(); return len(l) == 1 && len(l[0].Addrs) > 0 })
-	w.vms.mute.Store(false)
+	w.vms.Mute.Store(false)
 	if err := check(t, a.up("other")); err != nil {
 		t.Error(err)
 	}

@@ -5,19 +5,14 @@ package sandbox
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,10 +24,10 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/agent-protocol/relay"
+	"github.com/kata-remote/kata-remote/caa/podvmtest"
 	"github.com/kata-remote/kata-remote/caa/store"
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/sim"
-	"github.com/kata-remote/kata-remote/cloud/userdata"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -43,7 +38,7 @@ type world struct {
 	t       testing.TB
 	dir     string
 	cloud   *sim.World
-	vms     *vms
+	vms     *podvmtest.VMs
 	network *fakeNetwork
 	log     *bytes.Buffer // everything every Manager logged, debug included
 	logMu   sync.Mutex
@@ -69,7 +64,7 @@ func (w *world) logged() string {
 func newWorld(t testing.TB, cfg sim.Config) *world {
 	t.Helper()
 	w := &world{
-		t: t, vms: newVMs(t), network: &fakeNetwork{tunnels: map[string]NodeTunnel{}, spaces: map[string]bool{}},
+		t: t, vms: podvmtest.New(t), network: &fakeNetwork{tunnels: map[string]NodeTunnel{}, spaces: map[string]bool{}},
 		log: new(bytes.Buffer), timeout: 20 * time.Second, lease: time.Hour, limit: -1,
 	}
 	// Socket paths must be short; t.TempDir's are not.
@@ -118,7 +113,7 @@ func (w *world) tryStart() (*adaptor, error) {
 		Network: w.network, Underlay: func(context.Context) (cloud.Underlay, error) {
 			return cloud.Underlay{Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500}, nil
 		},
-		PodsDir: filepath.Join(w.dir, "pods"), ForwarderPort: w.vms.port, VXLANPort: 9000, VNIBase: 555000,
+		PodsDir: filepath.Join(w.dir, "pods"), ForwarderPort: w.vms.Port, VXLANPort: 9000, VNIBase: 555000,
 		ProxyTimeout: w.timeout, Limit: w.limit, Lease: w.lease, ListSettle: 30 * time.Millisecond,
 		Log:        slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		FaultPoint: w.fault,
@@ -294,107 +289,4 @@ func (n *fakeNetwork) Remove(_ context.Context, t NodeTunnel) error {
 	defer n.mu.Unlock()
 	delete(n.tunnels, t.Device)
 	return nil
-}
-
-// vms starts, for each instance, what a pod VM is to the adaptor: an agent behind
-// mutual TLS, set up from the user data and nothing else.
-type vms struct {
-	t    testing.TB
-	port uint16
-	next atomic.Int32
-	mute atomic.Bool // VMs get an address and never answer
-	hold chan struct{}
-
-	mu      sync.Mutex
-	configs []*podvmconfig.Config // guarded by mu
-}
-
-func newVMs(t testing.TB) *vms {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return &vms{t: t, port: uint16(l.Addr().(*net.TCPAddr).Port)}
-}
-
-type vm struct {
-	addr netip.Addr
-	srv  *ttrpc.Server
-	done chan struct{}
-	stop sync.Once
-}
-
-func (v *vm) Addrs() []netip.Addr   { return []netip.Addr{v.addr} }
-func (v *vm) Done() <-chan struct{} { return v.done }
-func (v *vm) Stop() {
-	v.stop.Do(func() {
-		if v.srv == nil {
-			close(v.done)
-			return
-		}
-		v.srv.Close()
-	})
-	<-v.done
-}
-
-type health struct{}
-
-func (health) Check(context.Context, *agentpb.CheckRequest) (*agentpb.HealthCheckResponse, error) {
-	return &agentpb.HealthCheckResponse{Status: agentpb.HealthCheckResponse_SERVING}, nil
-}
-
-func (health) Version(context.Context, *agentpb.CheckRequest) (*agentpb.VersionCheckResponse, error) {
-	return &agentpb.VersionCheckResponse{}, nil
-}
-
-func (s *vms) Launch(ctx context.Context, _ cloud.InstanceID, req cloud.CreateRequest) (sim.Machine, error) {
-	if s.hold != nil {
-		select {
-		case <-s.hold:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
-	files, err := userdata.Parse(req.UserData)
-	if err != nil {
-		return nil, err
-	}
-	if len(files) != 1 || files[0].Path != podvmconfig.Path {
-		return nil, fmt.Errorf("user data has %d files, want %s alone", len(files), podvmconfig.Path)
-	}
-	cfg, err := podvmconfig.Parse(files[0].Content)
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	s.configs = append(s.configs, cfg)
-	s.mu.Unlock()
-	n := s.next.Add(1)
-	v := &vm{addr: netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}), done: make(chan struct{})}
-	if s.mute.Load() {
-		return v, nil
-	}
-	cert, err := tls.X509KeyPair([]byte(cfg.TLSServerCert), []byte(cfg.TLSServerKey))
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM([]byte(cfg.TLSClientCA))
-	l, err := tls.Listen("tcp", netip.AddrPortFrom(v.addr, s.port).String(), &tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert},
-		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool,
-	})
-	if err != nil {
-		return nil, err
-	}
-	if v.srv, err = ttrpc.NewServer(); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	agentpb.RegisterHealthService(v.srv, health{})
-	go func() {
-		defer close(v.done)
-		v.srv.Serve(context.Background(), l)
-	}()
-	return v, nil
 }
