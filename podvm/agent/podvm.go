@@ -52,7 +52,7 @@ func (s *podvm) ImportRootfs(ctx context.Context, srv podvmpb.PodVM_ImportRootfs
 	// RecvMsg ends when the handler's context does, which is when this call returns or
 	// the connection breaks. The goroutine uses only its arguments; it is not waited
 	// for, because that would be waiting for ourselves.
-	path, err := s.a.root.Import(ctx, first.ContainerId, q.reader(ctx), first.Compression == podvmpb.Compression_COMPRESSION_ZSTD, first.SizeLimit)
+	path, err := s.a.root.Import(ctx, first.ContainerId, q.reader, first.Compression == podvmpb.Compression_COMPRESSION_ZSTD, first.SizeLimit)
 	if err != nil {
 		return toGRPC(err)
 	}

@@ -61,11 +61,12 @@ func (s *Store) Path(id string) string { return filepath.Join(s.dir, id, "rootfs
 
 // Import fills the root file system of a container with a tar archive, decompressed
 // first when compressed is set. limit bounds it in bytes; 0 takes the store's
-// default. It reads src to its end and returns the path. After an error nothing is
+// default. It reads what src returns to its end; reads must fail when the context src
+// was given is done. It returns the path. After an error nothing is
 // left. A tree imported before under the same id, or still being imported, is
 // replaced, unless a container uses it (AlreadyExists). ResourceExhausted: the limit
 // is too small; InvalidArgument: the archive is damaged.
-func (s *Store) Import(ctx context.Context, id string, src io.Reader, compressed bool, limit uint64) (_ string, err error) {
+func (s *Store) Import(ctx context.Context, id string, src func(context.Context) io.Reader, compressed bool, limit uint64) (_ string, err error) {
 	ctx, t, err := s.begin(ctx, id)
 	if err != nil {
 		return "", err
@@ -84,7 +85,7 @@ func (s *Store) Import(ctx context.Context, id string, src io.Reader, compressed
 	if err := mount(path, limit); err != nil {
 		return "", fmt.Errorf("make the root file system of container %s: %w", id, err)
 	}
-	if err := unpack(ctx, path, src, compressed); err != nil {
+	if err := unpack(ctx, path, src(ctx), compressed); err != nil {
 		return "", fmt.Errorf("unpack the root file system of container %s: %w", id, explain(ctx, err, limit))
 	}
 	return path, nil
