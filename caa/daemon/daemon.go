@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package daemon puts the adaptor together: it opens the state file, takes over what
+// it names, and then answers on the socket until it is told to stop. Stopping stops
+// no pod.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/caa/agentproxy"
+	"github.com/kata-remote/kata-remote/caa/api"
+	"github.com/kata-remote/kata-remote/caa/config"
+	"github.com/kata-remote/kata-remote/caa/sandbox"
+	"github.com/kata-remote/kata-remote/caa/store"
+	"github.com/kata-remote/kata-remote/caa/sweep"
+	"github.com/kata-remote/kata-remote/cloud"
+)
+
+// checkTimeout bounds what Check asks of the provider. The local provider may try
+// out virtualisation with a boot, which takes seconds.
+const checkTimeout = 2 * time.Minute
+
+// Daemon is an adaptor about to run.
+type Daemon struct {
+	cfg      *config.Config
+	log      *slog.Logger
+	provider cloud.Provider
+	network  network
+
+	// ready, for tests, is called when the socket answers.
+	ready func(*sandbox.Manager)
+}
+
+// network is what package sandbox needs of the node's network.
+type network interface {
+	Inspect(context.Context, string) (podNetwork, error)
+	Ensure(context.Context, sandbox.NodeTunnel) error
+	Remove(context.Context, sandbox.NodeTunnel) error
+}
+
+// announcer is implemented by providers that have something to find out, and to say,
+// before they are used.
+type announcer interface {
+	Announce(context.Context, *slog.Logger)
+}
+
+// New makes an adaptor of a configuration. Nothing is opened or changed yet.
+// InvalidArgument: the provider cannot be made of the configuration.
+func New(cfg *config.Config, log *slog.Logger) (*Daemon, error) {
+	provider, err := newProvider(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &Daemon{cfg: cfg, log: log, provider: provider, network: nodeNetwork{}}, nil
+}
+
+// Check tells whether the adaptor could work on this node: what the provider needs
+// is there and its credentials are accepted. It changes nothing.
+func (d *Daemon) Check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	if err := d.provider.Check(ctx); err != nil {
+		return fmt.Errorf("provider %s: %w", d.cfg.Provider, err)
+	}
+	return nil
+}
+
+// Run is the adaptor. It returns nil after ctx has ended; pods run on and the next
+// Run finds them. FailedPrecondition, AlreadyExists: another adaptor has the state
+// or the socket. DataLoss: the state file is damaged.
+func (d *Daemon) Run(ctx context.Context) (err error) {
+	for _, w := range d.cfg.Warnings {
+		d.log.Warn(w)
+	}
+	st, err := store.Open(ctx, d.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+
+	// Not the ConfigMap's: where several clusters share an account, instances
+	// must not look alike because nobody named the clusters.
+	cluster := d.cfg.Cluster
+	if cluster == "" {
+		cluster = st.Installation()
+	}
+	owner := cloud.Owner{Cluster: cluster, Node: d.cfg.Node}
+	m := sandbox.New(sandbox.Config{
+		Records: st, Provider: d.provider, ProviderName: d.cfg.Provider, Owner: owner,
+		Network: d.network, Underlay: d.underlay,
+		PodsDir: d.cfg.PodsDir, ForwarderPort: d.cfg.ForwarderPort,
+		VXLANPort: d.cfg.VXLANPort, VNIBase: d.cfg.VXLANMinID, ProxyTimeout: d.cfg.ProxyTimeout,
+		Limit: d.cfg.Limit, Tags: d.cfg.Tags, Log: d.log,
+	})
+	defer m.Close()
+
+	if p, ok := d.provider.(announcer); ok {
+		p.Announce(ctx, d.log)
+	}
+	begin := time.Now()
+	if err := m.Recover(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return fmt.Errorf("take over the sandboxes in %s: %w", st.Path(), err)
+	}
+	l, err := agentproxy.ListenUnix(ctx, d.cfg.Socket)
+	if err != nil {
+		return err
+	}
+	d.log.Info("ready", "socket", d.cfg.Socket, logkey.Provider, d.cfg.Provider, "node", owner.Node, "cluster", owner.Cluster,
+		"sandboxes", len(m.Infos()), logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
+	if d.ready != nil {
+		d.ready(m)
+	}
+
+	background, stop := context.WithCancel(ctx)
+	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop()
+	wg.Go(func() { m.Expire(background) })
+	wg.Go(func() {
+		s := &sweep.Sweeper{Provider: d.provider, Owner: owner, Known: m.Knows, Log: d.log}
+		s.Run(background)
+	})
+	// Starts under way end first, so that their callers are told why.
+	wg.Go(func() { <-background.Done(); m.Close() })
+	err = api.Serve(ctx, l, m, d.log)
+	if ctx.Err() != nil {
+		d.log.Info("stopping; pods run on")
+	}
+	return err
+}
+
+// underlay is the network between this node and its pod VMs: the provider's own
+// where it makes one, else that of the node's default route.
+func (d *Daemon) underlay(ctx context.Context) (cloud.Underlay, error) {
+	if r, ok := d.provider.(cloud.UnderlayReporter); ok {
+		return r.Underlay(ctx)
+	}
+	return defaultUnderlay(ctx)
+}
+
+// providers are the clouds this build knows, by the name in CLOUD_PROVIDER.
+var providers = map[string]func(*config.Config) (cloud.Provider, error){
+	config.ProviderLocal: newLocal,
+}
+
+func newProvider(cfg *config.Config) (cloud.Provider, error) {
+	newOne := providers[cfg.Provider]
+	if newOne == nil {
+		return nil, errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf("CLOUD_PROVIDER is %q and this build has no such provider", cfg.Provider))
+	}
+	return newOne(cfg)
+}
