@@ -92,7 +92,7 @@ func Serve(ctx context.Context, f Flags, version string) error {
 // Without one (CRI-O makes none) it goes to standard error, that is panic.log.
 func setLog(f Flags) {
 	logger := logrus.StandardLogger()
-	logger.SetFormatter(&logrus.TextFormatter{TimestampFormat: log.RFC3339NanoFixed, FullTimestamp: true, DisableColors: true})
+	logger.SetFormatter(formatter{&logrus.TextFormatter{TimestampFormat: log.RFC3339NanoFixed, FullTimestamp: true, DisableColors: true}})
 	if f.Debug {
 		logger.SetLevel(logrus.DebugLevel)
 	}
@@ -106,11 +106,25 @@ func setLog(f Flags) {
 	log.L = logger.WithField("runtime", "kata-remote").WithField(logkey.Sandbox, f.ID)
 }
 
+// formatter leaves out what ttrpc logs as an error although it is none: an output
+// stream may end in the guest while our last acknowledgement is on its way, and the
+// guest then answers on a stream that is no more.
+type formatter struct{ logrus.Formatter }
+
+func (f formatter) Format(e *logrus.Entry) ([]byte, error) {
+	if e.Message == "ttrpc: received message on inactive stream" {
+		return nil, nil
+	}
+	return f.Formatter.Format(e)
+}
+
 // lossy writes to a FIFO. When it is full, because nobody reads it, the record is
 // lost: a log must not hold up a pod.
 type lossy int
 
 func (fd lossy) Write(b []byte) (int, error) {
-	unix.Write(int(fd), b)
+	if len(b) > 0 {
+		unix.Write(int(fd), b)
+	}
 	return len(b), nil
 }

@@ -111,11 +111,16 @@ func (o *output) receive(ctx context.Context, vm podvmpb.PodVMClient, q *queue) 
 	}
 	offset := q.attach(nil)
 	defer q.attach(nil)
-	req := &podvmpb.ReadOutputRequest{ContainerId: o.p.Container, ExecId: o.p.Exec, Stream: which, Offset: offset, Window: window, Acked: offset}
+	req := &podvmpb.ReadOutputRequest{ContainerId: o.p.Container, ExecId: o.p.Exec, Stream: which, Offset: offset, Window: window}
 	if err := st.Send(req); err != nil {
 		return guest.Broken(err)
 	}
 	q.attach(st)
+	if offset > 0 {
+		// The last acknowledgements may have been lost with the old connection; an
+		// agent whose buffer is full sends nothing that we could acknowledge anew.
+		q.acknowledge()
+	}
 	result := make(chan error, 1)
 	go func() { result <- o.receiveAll(st, q, offset) }()
 	select {
@@ -263,10 +268,17 @@ func (q *queue) written(n int) {
 	q.mu.Lock()
 	q.offset += uint64(n)
 	q.taken = 0
-	acked := q.offset
 	if len(q.buf) == 0 {
 		signal(q.empty)
 	}
+	q.mu.Unlock()
+	q.acknowledge()
+}
+
+// acknowledge tells the agent how far everything was written.
+func (q *queue) acknowledge() {
+	q.mu.Lock()
+	acked := q.offset
 	q.mu.Unlock()
 	q.send.Lock()
 	defer q.send.Unlock()

@@ -1,0 +1,633 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package service_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
+	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
+	"github.com/kata-remote/kata-remote/agent-protocol/extension"
+	"github.com/kata-remote/kata-remote/shim/service"
+	"github.com/kata-remote/kata-remote/shim/shimtest"
+	"github.com/kata-remote/kata-remote/shim/stdio"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// programs are what containers of these tests can run.
+var programs = map[string]agenttest.Program{
+	"pause": func(ctx context.Context, p *agenttest.Proc) int {
+		select {
+		case <-ctx.Done():
+		case s := <-p.Signals:
+			return 128 + int(s)
+		}
+		return 0
+	},
+	"echo": func(_ context.Context, p *agenttest.Proc) int {
+		fmt.Fprintln(p.Stdout, strings.Join(p.Args[1:], " "))
+		return 0
+	},
+	"exit": func(_ context.Context, p *agenttest.Proc) int {
+		var n int
+		fmt.Sscan(p.Args[1], &n)
+		fmt.Fprint(p.Stdout, "out")
+		fmt.Fprint(p.Stderr, "err")
+		return n
+	},
+	"cat": func(_ context.Context, p *agenttest.Proc) int {
+		if _, err := io.Copy(p.Stdout, p.Stdin); err != nil {
+			return 1
+		}
+		return 0
+	},
+	"flood": func(_ context.Context, p *agenttest.Proc) int {
+		_, err := p.Stdout.Write(flood)
+		if err != nil {
+			return 1
+		}
+		return 3
+	},
+}
+
+// flood is more than any buffer between here and there, and repeats nowhere.
+var flood = func() []byte {
+	b := make([]byte, 0, 24<<20)
+	for h := sha256.Sum256(nil); len(b) < cap(b); h = sha256.Sum256(h[:]) {
+		b = append(b, h[:]...)
+	}
+	return b
+}()
+
+var ours = []extension.Feature{extension.Rootfs, extension.Streams}
+
+// env is a service with everything around it.
+type env struct {
+	t       *testing.T
+	ctx     context.Context
+	svc     *service.Service
+	agent   *agenttest.Agent
+	adaptor *shimtest.Adaptor
+	sink    *shimtest.Sink
+	netns   string
+	options *anypb.Any
+}
+
+func newEnv(t *testing.T, features []extension.Feature) *env {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	t.Cleanup(cancel)
+	e := &env{t: t, ctx: ctx, netns: shimtest.NetNS(t)}
+	e.agent = &agenttest.Agent{Programs: programs, Features: features}
+	e.adaptor = shimtest.NewAdaptor(t, e.agent)
+	e.sink = shimtest.NewSink(t)
+	b, err := proto.Marshal(&runtimeoptions.Options{ConfigPath: e.adaptor.ConfigFile()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.options = &anypb.Any{TypeUrl: "runtimeoptions.v1.Options", Value: b}
+	e.svc = service.New(service.Config{Namespace: "k8s.io", Events: service.NewEvents(e.sink.Address, "k8s.io")})
+	t.Cleanup(e.svc.Close)
+	return e
+}
+
+func (e *env) bundle(id, sandbox string, args ...string) string {
+	a := map[string]string{annotation.ContainerType: annotation.ContainerTypeContainer, annotation.SandboxID: sandbox,
+		annotation.SandboxName: "web", annotation.SandboxNamespace: "shop"}
+	switch sandbox {
+	case id:
+		a[annotation.ContainerType] = annotation.ContainerTypeSandbox
+	case "":
+		a = nil
+	}
+	return shimtest.Bundle(e.t, shimtest.Spec(e.netns, a, args...))
+}
+
+func (e *env) create(id, sandbox string, io stdio.Config, args ...string) error {
+	_, err := e.svc.Create(e.ctx, &taskapi.CreateTaskRequest{
+		ID: id, Bundle: e.bundle(id, sandbox, args...), Options: e.options,
+		Stdin: io.Stdin, Stdout: io.Stdout, Stderr: io.Stderr, Terminal: io.Terminal,
+	})
+	return err
+}
+
+func (e *env) must(err error) {
+	e.t.Helper()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// pod makes and starts a sandbox and one container that waits.
+func (e *env) pod() {
+	e.t.Helper()
+	for _, id := range []string{"pod", "app"} {
+		e.must(e.create(id, "pod", stdio.Config{}, "pause"))
+		e.start(id, "")
+	}
+}
+
+func (e *env) start(id, exec string) {
+	e.t.Helper()
+	_, err := e.svc.Start(e.ctx, &taskapi.StartRequest{ID: id, ExecID: exec})
+	e.must(err)
+}
+
+func (e *env) wait(id, exec string) uint32 {
+	e.t.Helper()
+	r, err := e.svc.Wait(e.ctx, &taskapi.WaitRequest{ID: id, ExecID: exec})
+	e.must(err)
+	return r.ExitStatus
+}
+
+func (e *env) kill(id, exec string, sig syscall.Signal) {
+	e.t.Helper()
+	_, err := e.svc.Kill(e.ctx, &taskapi.KillRequest{ID: id, ExecID: exec, Signal: uint32(sig)})
+	e.must(err)
+}
+
+func (e *env) delete(id, exec string) uint32 {
+	e.t.Helper()
+	r, err := e.svc.Delete(e.ctx, &taskapi.DeleteRequest{ID: id, ExecID: exec})
+	e.must(err)
+	return r.ExitStatus
+}
+
+func (e *env) exec(id, exec string, r stdio.Config, args ...string) {
+	e.t.Helper()
+	b, err := json.Marshal(specs.Process{Args: args, Cwd: "/"})
+	e.must(err)
+	_, err = e.svc.Exec(e.ctx, &taskapi.ExecProcessRequest{
+		ID: id, ExecID: exec, Spec: &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Process", Value: b},
+		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
+	})
+	e.must(err)
+}
+
+// fifo makes a FIFO whose content is collected until its end.
+type fifo struct {
+	path string
+	done chan []byte
+}
+
+func (e *env) fifo(name string) *fifo {
+	e.t.Helper()
+	f := &fifo{path: filepath.Join(e.t.TempDir(), name), done: make(chan []byte, 1)}
+	e.must(unix.Mkfifo(f.path, 0o600))
+	return f
+}
+
+func (f *fifo) collect() {
+	go func() {
+		r, err := os.Open(f.path)
+		if err != nil {
+			f.done <- []byte(err.Error())
+			return
+		}
+		defer r.Close()
+		b, _ := io.ReadAll(r)
+		f.done <- b
+	}()
+}
+
+// trace is what happened to one process, from the events.
+func trace(list []*types.Envelope, container, exec string) (out []string) {
+	for _, env := range list {
+		m, err := anypb.UnmarshalNew(&anypb.Any{TypeUrl: "/" + env.Event.TypeUrl, Value: env.Event.Value}, proto.UnmarshalOptions{})
+		if err != nil {
+			return []string{err.Error()}
+		}
+		c, x := "", ""
+		switch m := m.(type) {
+		case *events.TaskCreate:
+			c = m.ContainerID
+		case *events.TaskStart:
+			c = m.ContainerID
+		case *events.TaskExit:
+			if c = m.ContainerID; m.ID != m.ContainerID {
+				x = m.ID
+			}
+		case *events.TaskDelete:
+			c = m.ContainerID
+		case *events.TaskExecAdded:
+			c, x = m.ContainerID, m.ExecID
+		case *events.TaskExecStarted:
+			c, x = m.ContainerID, m.ExecID
+		case *events.TaskOOM:
+			c = m.ContainerID
+		case *events.TaskPaused:
+			c = m.ContainerID
+		case *events.TaskResumed:
+			c = m.ContainerID
+		}
+		if c == container && x == exec {
+			out = append(out, strings.TrimPrefix(env.Topic, "/tasks/"))
+		}
+	}
+	return out
+}
+
+func (e *env) checkTrace(container, exec string, want ...string) {
+	e.t.Helper()
+	var got []string
+	_, err := e.sink.WaitFor(e.ctx, func(l []*types.Envelope) bool {
+		got = trace(l, container, exec)
+		return len(got) >= len(want)
+	})
+	if err != nil || !cmp.Equal(got, want) {
+		e.t.Errorf("events of %s %s: %v (%v), want %v", container, exec, got, err, want)
+	}
+}
+
+// TestPod goes through the life of a pod, with our agent and with a stock one's
+// calls for the streams.
+func TestPod(t *testing.T) {
+	for _, features := range [][]extension.Feature{ours, {extension.Rootfs}} {
+		t.Run(fmt.Sprint(features), func(t *testing.T) { testPod(t, newEnv(t, features)) })
+	}
+}
+
+func testPod(t *testing.T, e *env) {
+	e.pod()
+	vm := e.adaptor.VM("pod")
+	if vm == nil || vm.NetworkNamespacePath != e.netns || vm.Annotations[annotation.SandboxName] != "web" || len(vm.Annotations) != 9 {
+		t.Fatalf("CreateVM: %v", vm)
+	}
+	out, errs := e.fifo("out"), e.fifo("err")
+	out.collect()
+	errs.collect()
+	e.must(e.create("job", "pod", stdio.Config{Stdout: out.path, Stderr: errs.path}, "exit", "7"))
+	e.start("job", "")
+	if got := e.wait("job", ""); got != 7 {
+		t.Errorf("exit status %d, want 7", got)
+	}
+	if o, x := string(<-out.done), string(<-errs.done); o != "out" || x != "err" {
+		t.Errorf("output %q, %q", o, x)
+	}
+	if s, err := e.svc.State(e.ctx, &taskapi.StateRequest{ID: "job"}); err != nil || s.Status != task.Status_STOPPED || s.ExitStatus != 7 {
+		t.Errorf("state %v, %v", s, err)
+	}
+	if got := e.delete("job", ""); got != 7 {
+		t.Errorf("delete says %d", got)
+	}
+	e.checkTrace("job", "", "create", "start", "exit", "delete")
+
+	in, out := e.fifo("in"), e.fifo("out")
+	out.collect()
+	e.exec("app", "x", stdio.Config{Stdin: in.path, Stdout: out.path}, "cat")
+	e.start("app", "x")
+	w, err := os.OpenFile(in.path, os.O_WRONLY, 0)
+	e.must(err)
+	if _, err := w.Write(flood[:1<<20]); err != nil {
+		t.Fatal(err)
+	}
+	_, err = e.svc.CloseIO(e.ctx, &taskapi.CloseIORequest{ID: "app", ExecID: "x", Stdin: true})
+	e.must(err)
+	w.Close()
+	if got := e.wait("app", "x"); got != 0 {
+		t.Errorf("cat ended with %d", got)
+	}
+	if !bytes.Equal(<-out.done, flood[:1<<20]) {
+		t.Error("input came back changed")
+	}
+	e.delete("app", "x")
+	e.checkTrace("app", "x", "exec-added", "exec-started", "exit")
+
+	if _, err := e.svc.Pause(e.ctx, &taskapi.PauseRequest{ID: "app"}); err != nil {
+		t.Error(err)
+	}
+	if s, _ := e.svc.State(e.ctx, &taskapi.StateRequest{ID: "app"}); s.GetStatus() != task.Status_PAUSED {
+		t.Errorf("state %v", s)
+	}
+	if _, err := e.svc.Resume(e.ctx, &taskapi.ResumeRequest{ID: "app"}); err != nil {
+		t.Error(err)
+	}
+	e.kill("app", "", syscall.SIGTERM)
+	if got := e.wait("app", ""); got != 143 {
+		t.Errorf("SIGTERM: status %d", got)
+	}
+	e.delete("app", "")
+	e.checkTrace("app", "", "create", "start", "paused", "resumed", "exit", "delete")
+	e.kill("pod", "", syscall.SIGKILL)
+	if got := e.wait("pod", ""); got != 137 {
+		t.Errorf("SIGKILL: status %d", got)
+	}
+	e.delete("pod", "")
+	e.checkTrace("pod", "", "create", "start", "exit", "delete")
+	e.svc.Close()
+	if got := e.adaptor.Stops(); !cmp.Equal(got, []string{"pod"}) {
+		t.Errorf("StopVM of %v", got)
+	}
+}
+
+// TestReconnect breaks the connection again and again while output flows, and takes
+// the agent's socket away for a while: not one byte is lost or repeated, the exit
+// is right, and a process started afterwards runs.
+func TestReconnect(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	out := e.fifo("out")
+	e.exec("app", "x", stdio.Config{Stdout: out.path}, "flood")
+	e.start("app", "x")
+	r, err := os.Open(out.path)
+	e.must(err)
+	defer r.Close()
+	var got []byte
+	buf := make([]byte, 64<<10)
+	for cut := 1 << 20; ; {
+		n, err := r.Read(buf)
+		got = append(got, buf[:n]...)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		e.must(err)
+		if len(got) >= cut {
+			if cut += 2 << 20; cut == 11<<20 {
+				e.adaptor.Break()
+				time.AfterFunc(300*time.Millisecond, e.adaptor.Connect)
+			} else {
+				e.adaptor.Cut()
+			}
+		}
+	}
+	if !bytes.Equal(got, flood) {
+		i := 0
+		for i < min(len(got), len(flood)) && got[i] == flood[i] {
+			i++
+		}
+		t.Fatalf("%d bytes, want %d; they differ from %d on", len(got), len(flood), i)
+	}
+	if s := e.wait("app", "x"); s != 3 {
+		t.Errorf("exit status %d, want 3", s)
+	}
+	e.exec("app", "y", stdio.Config{}, "exit", "9")
+	e.start("app", "y")
+	if s := e.wait("app", "y"); s != 9 {
+		t.Errorf("exit status %d after reconnect, want 9", s)
+	}
+	e.checkTrace("app", "x", "exec-added", "exec-started", "exit")
+}
+
+// TestManyShortProcesses starts processes that end at once, many at a time: each has
+// its events once and in order.
+func TestManyShortProcesses(t *testing.T) {
+	const workers, each = 8, 150
+	e := newEnv(t, ours)
+	e.pod()
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			for i := range each {
+				id := fmt.Sprintf("x-%d-%d", w, i)
+				e.exec("app", id, stdio.Config{}, "exit", "5")
+				if _, err := e.svc.Start(e.ctx, &taskapi.StartRequest{ID: "app", ExecID: id}); err != nil {
+					t.Error(err)
+					return
+				}
+				if r, err := e.svc.Wait(e.ctx, &taskapi.WaitRequest{ID: "app", ExecID: id}); err != nil || r.ExitStatus != 5 {
+					t.Errorf("%v, %v", r, err)
+					return
+				}
+				if _, err := e.svc.Delete(e.ctx, &taskapi.DeleteRequest{ID: "app", ExecID: id}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	list, err := e.sink.WaitFor(e.ctx, func(l []*types.Envelope) bool { return len(l) >= 4+3*workers*each })
+	e.must(err)
+	per := map[string][]string{}
+	for _, env := range list {
+		for _, m := range []struct {
+			topic string
+			id    func() string
+		}{
+			{"/tasks/exec-added", func() string { m := &events.TaskExecAdded{}; proto.Unmarshal(env.Event.Value, m); return m.ExecID }},
+			{"/tasks/exec-started", func() string { m := &events.TaskExecStarted{}; proto.Unmarshal(env.Event.Value, m); return m.ExecID }},
+			{"/tasks/exit", func() string { m := &events.TaskExit{}; proto.Unmarshal(env.Event.Value, m); return m.ID }},
+		} {
+			if env.Topic == m.topic {
+				id := m.id()
+				per[id] = append(per[id], env.Topic)
+			}
+		}
+	}
+	want := []string{"/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"}
+	if len(per) != workers*each {
+		t.Errorf("events of %d processes, want %d", len(per), workers*each)
+	}
+	for id, got := range per {
+		if !cmp.Equal(got, want) {
+			t.Errorf("%s: %v", id, got)
+		}
+	}
+}
+
+// TestUnreadOutput has a process whose output nobody reads: other calls go on, and
+// when somebody reads all of it comes.
+func TestUnreadOutput(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	out := e.fifo("out")
+	e.exec("app", "x", stdio.Config{Stdout: out.path}, "flood")
+	e.start("app", "x")
+	for i := range 50 {
+		id := fmt.Sprint("y", i)
+		e.exec("app", id, stdio.Config{}, "exit", "1")
+		e.start("app", id)
+		e.wait("app", id)
+	}
+	out.collect()
+	if !bytes.Equal(<-out.done, flood) {
+		t.Error("output is not what was written")
+	}
+}
+
+// TestStartFails has a command that does not exist: the error says so, waiters
+// return, and there is no exit without a start.
+func TestStartFails(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	e.exec("app", "x", stdio.Config{}, "nonesuch")
+	if _, err := e.svc.Start(e.ctx, &taskapi.StartRequest{ID: "app", ExecID: "x"}); err == nil || !strings.Contains(err.Error(), "executable file not found") {
+		t.Errorf("start: %v", err)
+	}
+	if got := e.wait("app", "x"); got != 255 {
+		t.Errorf("status %d", got)
+	}
+	e.delete("app", "x")
+	if err := e.create("bad", "pod", stdio.Config{}, "nonesuch"); err == nil {
+		t.Error("create of a missing command succeeded")
+	}
+	if _, err := e.svc.State(e.ctx, &taskapi.StateRequest{ID: "bad"}); !errdefs.IsNotFound(err) {
+		t.Errorf("state of what was not created: %v", err)
+	}
+	e.checkTrace("app", "x", "exec-added")
+}
+
+// TestRollback has starts that fail at each stage: the pod VM is given back before
+// Create returns.
+func TestRollback(t *testing.T) {
+	t.Run("StartVM", func(t *testing.T) {
+		e := newEnv(t, ours)
+		e.adaptor.OnStart = func(context.Context) error {
+			return fmt.Errorf("no capacity for t3.small in zone a: %w", errdefs.ErrResourceExhausted)
+		}
+		err := e.create("pod", "pod", stdio.Config{}, "pause")
+		if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "no capacity") {
+			t.Errorf("got %v", err)
+		}
+		if got := e.adaptor.Stops(); !slices.Contains(got, "pod") {
+			t.Errorf("StopVM of %v", got)
+		}
+	})
+	t.Run("caller leaves", func(t *testing.T) {
+		e := newEnv(t, ours)
+		ctx, cancel := context.WithCancel(e.ctx)
+		e.adaptor.OnStart = func(sctx context.Context) error {
+			cancel()
+			<-sctx.Done()
+			return sctx.Err()
+		}
+		_, err := e.svc.Create(ctx, &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod", "pod", "pause"), Options: e.options})
+		if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "runtimeRequestTimeout") {
+			t.Errorf("got %v", err)
+		}
+		if got := e.adaptor.Stops(); !slices.Contains(got, "pod") {
+			t.Errorf("StopVM of %v", got)
+		}
+	})
+	t.Run("container", func(t *testing.T) {
+		e := newEnv(t, ours)
+		if err := e.create("pod", "pod", stdio.Config{}, "nonesuch"); err == nil {
+			t.Error("no error")
+		}
+		if got := e.adaptor.Stops(); !slices.Contains(got, "pod") {
+			t.Errorf("StopVM of %v", got)
+		}
+	})
+	t.Run("no adaptor", func(t *testing.T) {
+		e := newEnv(t, ours)
+		e.adaptor.Down()
+		err := e.create("pod", "pod", stdio.Config{}, "pause")
+		if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "cloud-api-adaptor") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestGuestDies has a pod VM whose socket the adaptor took away: every process exits
+// with 137, and what remains can be deleted.
+func TestPodEndsWithItsSandbox(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	e.kill("pod", "", syscall.SIGKILL)
+	if got := e.wait("pod", ""); got != 137 {
+		t.Errorf("sandbox: %d", got)
+	}
+	if got := e.wait("app", ""); got != 137 {
+		t.Errorf("container: %d", got)
+	}
+	e.delete("app", "")
+	e.delete("pod", "")
+	e.checkTrace("app", "", "create", "start", "exit", "delete")
+}
+
+// TestSingle is what ctr does: no annotations, one container, a pod of its own.
+func TestSingle(t *testing.T) {
+	e := newEnv(t, ours)
+	out := e.fifo("out")
+	out.collect()
+	e.must(e.create("solo", "", stdio.Config{Stdout: out.path, Terminal: true}, "echo", "hello"))
+	e.start("solo", "")
+	if got := e.wait("solo", ""); got != 0 {
+		t.Errorf("status %d", got)
+	}
+	if got := string(<-out.done); got != "hello\n" {
+		t.Errorf("output %q", got)
+	}
+	if vm := e.adaptor.VM("solo"); vm != nil && (vm.Annotations[annotation.SandboxName] != "solo" || vm.Annotations[annotation.SandboxNamespace] != "default") {
+		t.Errorf("CreateVM: %v", vm)
+	}
+	e.delete("solo", "")
+	e.svc.Close()
+	if got := e.adaptor.Stops(); !cmp.Equal(got, []string{"solo"}) {
+		t.Errorf("StopVM of %v", got)
+	}
+}
+
+// TestOOM has the OOM event before the exit.
+func TestOOM(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	e.agent.OOM("app")
+	e.checkTrace("app", "", "create", "start", "oom")
+	e.kill("app", "", syscall.SIGTERM)
+	e.wait("app", "")
+	e.checkTrace("app", "", "create", "start", "oom", "exit")
+}
+
+// TestErrors has the classes that containerd acts upon.
+func TestErrors(t *testing.T) {
+	e := newEnv(t, ours)
+	if _, err := e.svc.State(e.ctx, &taskapi.StateRequest{ID: "none"}); !errdefs.IsNotFound(err) {
+		t.Errorf("state: %v", err)
+	}
+	if _, err := e.svc.Pids(e.ctx, &taskapi.PidsRequest{ID: "none"}); !errdefs.IsNotFound(err) {
+		t.Errorf("pids: %v", err)
+	}
+	if _, err := e.svc.Checkpoint(e.ctx, &taskapi.CheckpointTaskRequest{}); !errdefs.IsNotImplemented(err) {
+		t.Errorf("checkpoint: %v", err)
+	}
+	if err := e.create("app", "pod", stdio.Config{}, "pause"); !errdefs.IsNotFound(err) {
+		t.Errorf("member without sandbox: %v", err)
+	}
+	e.pod()
+	if err := e.create("app", "pod", stdio.Config{}, "pause"); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("same id: %v", err)
+	}
+	if _, err := e.svc.Delete(e.ctx, &taskapi.DeleteRequest{ID: "app"}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("delete of a running container: %v", err)
+	}
+	if err := e.create("stream", "pod", stdio.Config{Stdout: "stream://x"}, "pause"); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("stdio scheme: %v", err)
+	}
+	r, err := e.svc.Pids(e.ctx, &taskapi.PidsRequest{ID: "app"})
+	if err != nil || len(r.Processes) != 1 || r.Processes[0].Pid != uint32(os.Getpid()) {
+		t.Errorf("pids: %v, %v", r, err)
+	}
+	e.kill("app", "", syscall.SIGKILL)
+	e.wait("app", "")
+	if _, err := e.svc.Kill(e.ctx, &taskapi.KillRequest{ID: "app", Signal: 9}); !errdefs.IsNotFound(err) {
+		t.Errorf("kill of a stopped container: %v", err)
+	}
+}
