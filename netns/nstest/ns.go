@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -112,6 +113,43 @@ func (n *NS) Addr(dev string, cidrs ...string) {
 	}
 }
 
+// Settle waits until no IPv6 address of the namespace is tentative and each has its
+// route in table local. Without duplicate address detection, too, the kernel gets
+// there in a work queue, and only once the interface has a carrier.
+func (n *NS) Settle() {
+	n.t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for !n.settled() {
+		if time.Now().After(deadline) {
+			n.t.Fatal("IPv6 addresses are still tentative")
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (n *NS) settled() bool {
+	n.t.Helper()
+	addrs, err := n.Handle.AddrList(nil, unix.AF_INET6)
+	if err != nil {
+		n.t.Fatalf("list addresses: %v", err)
+	}
+	routes, err := n.Handle.RouteListFiltered(unix.AF_INET6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		n.t.Fatalf("list routes: %v", err)
+	}
+	for _, a := range addrs {
+		if a.IP.IsLinkLocalUnicast() {
+			continue
+		}
+		if a.Flags&unix.IFA_F_TENTATIVE != 0 || !slices.ContainsFunc(routes, func(r netlink.Route) bool {
+			return r.Dst != nil && r.Dst.IP.Equal(a.IP) && r.Type == unix.RTN_LOCAL
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
 // Route adds a route to dst through dev, via gw unless that is empty.
 func (n *NS) Route(dst, gw, dev string) {
 	n.t.Helper()
@@ -195,7 +233,8 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // Snapshot describes what a tunnel could leave behind in the namespace, one fact per
 // line: interfaces with their index, addresses, routes of all tables, rules,
 // permanent neighbours, qdiscs, ingress filters, nftables tables, and the sysctls of
-// each interface that the tunnel changes.
+// each interface that the tunnel changes. Link-local IPv6 addresses and their routes
+// are left out: the kernel adds them when it has the time.
 func (n *NS) Snapshot() string {
 	n.t.Helper()
 	var out []string
@@ -214,6 +253,9 @@ func (n *NS) Snapshot() string {
 		addrs, err := n.Handle.AddrList(l, unix.AF_UNSPEC)
 		check(err)
 		for _, addr := range addrs {
+			if addr.IP.To4() == nil && addr.IP.IsLinkLocalUnicast() {
+				continue
+			}
 			add("addr %s %s flags %d", a.Name, addr.IPNet, addr.Flags)
 		}
 		neighbors, err := n.Handle.NeighList(a.Index, unix.AF_UNSPEC)
@@ -238,6 +280,9 @@ func (n *NS) Snapshot() string {
 		routes, err := n.Handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 		check(err)
 		for _, r := range routes {
+			if r.Protocol == unix.RTPROT_KERNEL && r.Dst != nil && r.Dst.IP.To4() == nil && r.Dst.IP.IsLinkLocalUnicast() {
+				continue
+			}
 			add("route %s table %d type %d proto %d", r, r.Table, r.Type, r.Protocol)
 		}
 		rules, err := n.Handle.RuleList(family)

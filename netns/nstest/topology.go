@@ -79,5 +79,8 @@ func NewTopology(t testing.TB) *Topology {
 		p.ns.Route("0.0.0.0/0", "10.30.0.1", "eth0")
 		p.ns.Route("::/0", "fd30::1", "eth0")
 	}
+	for _, n := range []*NS{top.Node, top.VM, top.Stranger, top.Pod, top.Peer} {
+		n.Settle()
+	}
 	return top
 }

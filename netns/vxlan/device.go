@@ -39,23 +39,26 @@ type place struct {
 	caller *netlink.Handle
 }
 
-func openPlace(path string) (p *place, err error) {
-	p = &place{path: path}
-	defer func() {
-		if err != nil {
-			p.close()
-		}
-	}()
-	if p.file, err = netns.OpenFile(path); err != nil {
+func openPlace(path string) (*place, error) {
+	p := &place{path: path}
+	if err := p.open(); err != nil {
+		p.close()
 		return nil, err
-	}
-	if p.handle, err = netns.HandleOf(p.file); err != nil {
-		return nil, err
-	}
-	if p.caller, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return nil, fmt.Errorf("open netlink socket: %w", err)
 	}
 	return p, nil
+}
+
+func (p *place) open() (err error) {
+	if p.file, err = netns.OpenFile(p.path); err != nil {
+		return err
+	}
+	if p.handle, err = netns.HandleOf(p.file); err != nil {
+		return err
+	}
+	if p.caller, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open netlink socket: %w", err)
+	}
+	return nil
 }
 
 func (p *place) close() {

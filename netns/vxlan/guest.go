@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
@@ -21,7 +22,8 @@ import (
 // source filter there, and in NetNS the addresses, routes and permanent neighbours of
 // Pod, exactly these, and lo up. The device's MTU is the smaller of Pod.MTU and what
 // the route to Remote carries less Overhead. Link-local IPv6 is the kernel's own,
-// from the MAC address. Nothing waits for duplicate address detection.
+// from the MAC address. There is no duplicate address detection; all addresses can be
+// bound when EnsureGuest returns.
 //
 // InvalidArgument: t is not valid, NetNS is not a network namespace, or the underlay
 // is too small for a pod with IPv6. NotFound: NetNS does not exist. Unavailable: no
@@ -56,7 +58,7 @@ func EnsureGuest(ctx context.Context, t GuestTunnel) error {
 		}
 		l.Attrs().Name = t.Pod.Name
 	}
-	return t.configure(p.handle, l)
+	return t.configure(ctx, p.handle, l)
 }
 
 // device looks up the way to the worker and derives the device from it.
@@ -102,7 +104,7 @@ func (t GuestTunnel) quiet(ctx context.Context, dev string) error {
 }
 
 // configure brings addresses, routes and neighbours to what Pod says.
-func (t GuestTunnel) configure(h *netlink.Handle, l netlink.Link) error {
+func (t GuestTunnel) configure(ctx context.Context, h *netlink.Handle, l netlink.Link) error {
 	if err := t.ensureAddrs(h, l); err != nil {
 		return err
 	}
@@ -114,6 +116,9 @@ func (t GuestTunnel) configure(h *netlink.Handle, l netlink.Link) error {
 		if _, err := up(h, one); err != nil {
 			return err
 		}
+	}
+	if err := t.settle(ctx, h, l); err != nil {
+		return err
 	}
 	if err := t.ensureRoutes(h, l); err != nil {
 		return err
@@ -172,6 +177,39 @@ func (t GuestTunnel) ensureAddrs(h *netlink.Handle, l netlink.Link) error {
 		}
 	}
 	return nil
+}
+
+// settleBudget bounds settle. The kernel's work takes microseconds once it runs; two
+// seconds are for a VM whose one CPU is emulated and busy booting.
+const settleBudget = 2 * time.Second
+
+// settle waits until the pod's IPv6 addresses may be bound and be the source of a
+// route. Even without duplicate address detection the kernel ends their tentative
+// state in a work queue, a moment after the interface came up (addrconf_dad_work).
+func (t GuestTunnel) settle(ctx context.Context, h *netlink.Handle, l netlink.Link) error {
+	if !slices.ContainsFunc(t.Pod.Addrs, func(p netip.Prefix) bool { return p.Addr().Unmap().Is6() }) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, settleBudget)
+	defer cancel()
+	poll := time.NewTicker(time.Millisecond)
+	defer poll.Stop()
+	for {
+		addrs, err := h.AddrList(l, unix.AF_INET6)
+		if err != nil {
+			return fmt.Errorf("list addresses of %s: %w", l.Attrs().Name, err)
+		}
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+			return a.Flags&unix.IFA_F_TENTATIVE != 0 && !a.IP.IsLinkLocalUnicast()
+		}) {
+			return nil
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return fmt.Errorf("the IPv6 addresses of %s are still tentative after %v: %w", l.Attrs().Name, settleBudget, errdefs.ErrUnavailable)
+		}
+	}
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {

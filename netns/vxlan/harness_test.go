@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
@@ -235,3 +237,25 @@ func mac(s string) net.HardwareAddr {
 
 func equalAddr(a, b netip.Addr) bool     { return a == b }
 func equalPrefix(a, b netip.Prefix) bool { return a == b }
+
+// dropped is the counter of the source filter in ns.
+func dropped(t *testing.T, ns *nstest.NS) (n uint64) {
+	t.Helper()
+	ns.Do(func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := &nftables.Table{Name: sourceTable, Family: nftables.TableFamilyINet}
+		rules, err := c.GetRules(table, &nftables.Chain{Name: sourceChain, Table: table})
+		for _, r := range rules {
+			for _, e := range r.Exprs {
+				if counter, ok := e.(*expr.Counter); ok {
+					n += counter.Packets
+				}
+			}
+		}
+		return err
+	})
+	return n
+}

@@ -58,26 +58,29 @@ func (t NodeTunnel) families() (ipv4, ipv6 bool) {
 
 // takeRecord reads the present state; for use inside netns.Do. lost means that our
 // marks are in the namespace but the record is gone with its device, which somebody
-// deleted: then the values are the kernel's defaults, not ours.
+// deleted: then the values are those of a new interface, not ours.
 func (t NodeTunnel) takeRecord(hadQdisc, lost bool) (record, error) {
 	r := record{Qdisc: hadQdisc && !lost}
-	for _, s := range [][2]string{
-		{sysctl4(t.PodInterface, "forwarding"), "0"},
-		{sysctl6("all", "forwarding"), "0"},
-		{sysctl6(t.PodInterface, "forwarding"), "0"},
-		{sysctl6(t.PodInterface, "accept_ra"), "1"},
+	for _, c := range []struct{ name, instead string }{
+		{sysctl4(t.PodInterface, "forwarding"), sysctl4("default", "forwarding")},
+		{sysctl6("all", "forwarding"), ""}, // the default changed together with it
+		{sysctl6(t.PodInterface, "forwarding"), ""},
+		{sysctl6(t.PodInterface, "accept_ra"), sysctl6("default", "accept_ra")},
 	} {
-		value, err := readSysctl(s[0])
-		if err != nil {
-			return r, err
-		}
-		if value == "" {
-			continue
-		}
+		source := c.name
 		if lost {
-			value = s[1]
+			source = c.instead
 		}
-		r.Sysctl = append(r.Sysctl, [2]string{s[0], value})
+		value := "0"
+		if source != "" {
+			var err error
+			if value, err = readSysctl(source); err != nil {
+				return r, err
+			}
+		}
+		if value != "" {
+			r.Sysctl = append(r.Sysctl, [2]string{c.name, value})
+		}
 	}
 	return r, nil
 }
