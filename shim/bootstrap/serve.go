@@ -89,7 +89,7 @@ func Serve(ctx context.Context, f Flags, version string) error {
 }
 
 // setLog sends the log to the bundle's FIFO, which containerd copies to its own log.
-// Without one (CRI-O makes none) it goes to standard error, that is panic.log.
+// Without one (CRI-O makes none) it goes to a file beside it.
 func setLog(f Flags) {
 	logger := logrus.StandardLogger()
 	logger.SetFormatter(formatter{&logrus.TextFormatter{TimestampFormat: log.RFC3339NanoFixed, FullTimestamp: true, DisableColors: true}})
@@ -98,10 +98,10 @@ func setLog(f Flags) {
 	}
 	// Opened for reading too, so that a write never fails for want of a reader.
 	fd, err := unix.Open(filepath.Join(f.Bundle, "log"), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		logger.SetOutput(os.Stderr)
-	} else {
+	if err == nil {
 		logger.SetOutput(lossy(fd))
+	} else if file, err := os.OpenFile(filepath.Join(f.Bundle, "shim.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err == nil {
+		logger.SetOutput(file)
 	}
 	log.L = logger.WithField("runtime", "kata-remote").WithField(logkey.Sandbox, f.ID)
 }
