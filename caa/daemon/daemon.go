@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -117,6 +118,8 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	// While the state file is ours, so is the socket: no successor has it yet.
+	defer os.Remove(d.cfg.Socket)
 	d.log.Info("ready", "socket", d.cfg.Socket, logkey.Provider, d.cfg.Provider, "node", owner.Node, "cluster", owner.Cluster,
 		"sandboxes", len(m.Infos()), logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
 	if d.ready != nil {
