@@ -25,6 +25,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
 	"github.com/kata-remote/kata-remote/agent-protocol/hypervisorpb"
 )
@@ -223,8 +224,9 @@ func (a *Adaptor) StartVM(ctx context.Context, _ *hypervisorpb.StartVMRequest) (
 	return &hypervisorpb.StartVMResponse{}, nil
 }
 
-// StopVM implements hypervisorpb.HypervisorService.
-func (a *Adaptor) StopVM(_ context.Context, r *hypervisorpb.StopVMRequest) (*hypervisorpb.StopVMResponse, error) {
+// StopVM implements hypervisorpb.HypervisorService. The agent forgets its sandbox: the
+// next pod VM has a new one.
+func (a *Adaptor) StopVM(ctx context.Context, r *hypervisorpb.StopVMRequest) (*hypervisorpb.StopVMResponse, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.vms[r.Id] == nil {
@@ -232,6 +234,15 @@ func (a *Adaptor) StopVM(_ context.Context, r *hypervisorpb.StopVMRequest) (*hyp
 	}
 	delete(a.vms, r.Id)
 	a.stops = append(a.stops, r.Id)
+	conn, err := net.Dial("unix", a.agent)
+	if err != nil {
+		return nil, err
+	}
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	if _, err := agentpb.NewAgentServiceClient(client).DestroySandbox(ctx, &agentpb.DestroySandboxRequest{}); err != nil {
+		return nil, err
+	}
 	return &hypervisorpb.StopVMResponse{}, nil
 }
 
