@@ -5,7 +5,6 @@ package bootconf
 import (
 	"net"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -177,7 +176,18 @@ func parseRoute(to, via string) (dst netip.Prefix, gw netip.Addr, reason string)
 
 func quote(s string) string { return `"` + s + `"` }
 
-var hostnameRule = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$`)
+// maxHostname is the kernel's, sethostname(2).
+const maxHostname = 64
+
+// isHostname takes letters, digits, and between them dots and dashes.
+func isHostname(s string) bool {
+	if s == "" || len(s) > maxHostname || strings.Trim(s, "-.") != s {
+		return false
+	}
+	return !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '.')
+	})
+}
 
 // ParseMetaData returns local-hostname from a NoCloud meta-data document, or the
 // empty string. Other keys differ from cloud to cloud and are ignored.
@@ -191,7 +201,7 @@ func ParseMetaData(doc []byte) (hostname string, err error) {
 	if err := yaml.Unmarshal(doc, &m); err != nil {
 		return "", invalid("%s", yamlReason(err))
 	}
-	if m.Hostname != "" && !hostnameRule.MatchString(m.Hostname) {
+	if m.Hostname != "" && !isHostname(m.Hostname) {
 		return "", invalid("local-hostname %q is not a host name", m.Hostname)
 	}
 	return m.Hostname, nil

@@ -122,7 +122,7 @@ func Build(cfg Config) (*Manifest, error) {
 		return nil, err
 	}
 	m.Initrd, err = writeArtefact(cfg.Out, initrdFile, func(w io.Writer) error {
-		return writeInitramfs(w, cfg.Podvmd, modules)
+		return writeInitramfs(w, cfg.Podvmd, modules, cfg.Format == FormatBzImage)
 	})
 	if err != nil {
 		return nil, err
