@@ -45,7 +45,7 @@ func (p *Provider) Accel(ctx context.Context) (Accel, string, error) {
 	if p.cfg.Accel != "" {
 		return p.cfg.Accel, "set by the configuration", nil
 	}
-	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	kvm, err := os.OpenFile(p.kvm, os.O_RDWR, 0)
 	if err != nil {
 		return AccelTCG, fmt.Sprintf("software emulation, slow: %v", err), nil
 	}
@@ -138,7 +138,7 @@ func (p *Provider) probe(ctx context.Context, qemu string) (Accel, string, error
 	args = append(args, "-smp", "1", "-m", fmt.Sprint(probeMemoryMiB), "-kernel", p.cfg.Kernel, "-append", p.kernelArgs(),
 		"-chardev", "file,id=serial,path="+value(serial), "-serial", "chardev:serial")
 
-	bootCtx, cancel := context.WithTimeout(ctx, probeTimeout)
+	bootCtx, cancel := context.WithTimeout(ctx, p.probeTimeout)
 	defer cancel()
 	// A probe must not outlive us: nobody would find it. The signal comes when the
 	// thread that started it ends, hence the lock.
@@ -157,9 +157,9 @@ func (p *Provider) probe(ctx context.Context, qemu string) (Accel, string, error
 	case readErr == nil && strings.Contains(string(console), probeMarker):
 		return AccelKVM, fmt.Sprintf("a test boot under KVM took %v", took), nil
 	case bootCtx.Err() != nil:
-		return AccelTCG, fmt.Sprintf("software emulation, slow: /dev/kvm exists, but a test boot of %s under it did not end within %v", p.cfg.Kernel, probeTimeout), nil
+		return AccelTCG, fmt.Sprintf("software emulation, slow: %s exists, but a test boot of %s under it did not end within %v", p.kvm, p.cfg.Kernel, p.probeTimeout), nil
 	default:
 		why := orText(strings.TrimSpace(string(out)), orText(lastLine(serial), fmt.Sprint(err)))
-		return AccelTCG, fmt.Sprintf("software emulation, slow: /dev/kvm exists, but a test boot under it failed: %s", why), nil
+		return AccelTCG, fmt.Sprintf("software emulation, slow: %s exists, but a test boot under it failed: %s", p.kvm, why), nil
 	}
 }

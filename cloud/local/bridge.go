@@ -67,7 +67,7 @@ func (p *Provider) ensureBridge() (netlink.Link, error) {
 		return nil, fmt.Errorf("bridge %s: %w", name, err)
 	}
 	if err == nil && (rec == nil || link.Type() != "bridge") {
-		return nil, fmt.Errorf("a %s named %s exists that this provider did not make; remove it or set another Bridge: %w", link.Type(), name, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("a %s named %s exists that this provider did not make; remove it or set another LOCAL_BRIDGE: %w", link.Type(), name, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		if err := p.subnetFree(); err != nil {
@@ -140,7 +140,7 @@ func (p *Provider) subnetFree() error {
 		}
 		dst, ok := prefixOf(r.Dst)
 		if ok && dst.Bits() > 0 && dst.Overlaps(p.cfg.Subnet) {
-			return fmt.Errorf("subnet %s is in use on this node (route to %s); set another Subnet: %w", p.cfg.Subnet, dst, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("subnet %s is in use on this node (route to %s); set another LOCAL_SUBNET: %w", p.cfg.Subnet, dst, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil
@@ -162,8 +162,10 @@ func (p *Provider) removeBridge() error {
 			return fmt.Errorf("remove bridge %s: %w", rec.Name, err)
 		}
 	}
-	if err := os.Remove(p.bridgePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, path := range []string{p.bridgePath() + newSuffix, p.bridgePath()} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
 }

@@ -27,7 +27,7 @@ func (p *Provider) Check(ctx context.Context) error {
 	}
 	_, qemuErr := p.findQEMU()
 	errs := []error{qemuErr}
-	for _, f := range [][2]string{{"Kernel", p.cfg.Kernel}, {"Initrd", p.cfg.Initrd}} {
+	for _, f := range [][2]string{{"LOCAL_KERNEL", p.cfg.Kernel}, {"LOCAL_INITRD", p.cfg.Initrd}} {
 		if err := readable(f[1]); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w; build the image with `make podvm-image` or set another path: %w", f[0], err, errdefs.ErrInvalidArgument))
 		}
@@ -39,9 +39,9 @@ func (p *Provider) Check(ctx context.Context) error {
 		errs = append(errs, tun.Close())
 	}
 	if p.cfg.Accel == AccelKVM {
-		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+		kvm, err := os.OpenFile(p.kvm, os.O_RDWR, 0)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("Accel is %s, but: %w; leave Accel empty to fall back to emulation: %w", AccelKVM, err, errdefs.ErrFailedPrecondition))
+			errs = append(errs, fmt.Errorf("LOCAL_ACCEL is %s, but: %w; leave it out to fall back to emulation: %w", AccelKVM, err, errdefs.ErrFailedPrecondition))
 		} else {
 			errs = append(errs, kvm.Close())
 		}
@@ -80,7 +80,7 @@ func (p *Provider) checkStateDir() error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("StateDir %s cannot be written (%s: %w); run as root or set another: %w", p.cfg.StateDir, dir, err, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("LOCAL_DIR %s cannot be written (%s: %w); run as root or set another: %w", p.cfg.StateDir, dir, err, errdefs.ErrFailedPrecondition)
 		}
 		return nil
 	}

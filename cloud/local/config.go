@@ -12,31 +12,32 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Config of the provider. The zero value of each field takes the default named.
+// Config of the provider. The zero value of each field takes the default named. The
+// name in front is the key of the adaptor's configuration, which errors name.
 type Config struct {
-	// QEMU is the emulator, a path or a name to be looked up in PATH.
+	// LOCAL_QEMU: the emulator, a path or a name to be looked up in PATH.
 	// Default: qemu-system-x86_64.
 	QEMU string
-	// Machine is QEMU's machine type, MachineQ35 or MachineMicroVM. Default:
+	// LOCAL_MACHINE: QEMU's machine type, MachineQ35 or MachineMicroVM. Default:
 	// MachineQ35 (see its comment for the reason).
 	Machine string
-	// Accel is AccelKVM or AccelTCG. Default: KVM if a real boot under it works.
+	// LOCAL_ACCEL: AccelKVM or AccelTCG. Default: KVM if a real boot under it works.
 	Accel Accel
-	// Kernel is a bzImage or, for a faster start, an uncompressed vmlinux with
+	// LOCAL_KERNEL and LOCAL_INITRD: Kernel is a bzImage or, for a faster start, an uncompressed vmlinux with
 	// a PVH entry. Initrd goes with it. Required.
 	Kernel, Initrd string
-	// KernelArgs are added to the kernel's command line.
+	// LOCAL_CMDLINE: KernelArgs are added to the kernel's command line.
 	KernelArgs string
-	// StateDir holds records, seeds, sockets and logs. Default: /var/lib/peerpod/local.
+	// LOCAL_DIR: StateDir holds records, seeds, sockets and logs. Default: /var/lib/peerpod/local.
 	StateDir string
-	// Bridge between node and VMs. Default: ppbr0.
+	// LOCAL_BRIDGE: between node and VMs. Default: ppbr0.
 	Bridge string
-	// Subnet of the bridge; its first address is the node's. Default: 192.168.213.0/24.
+	// LOCAL_SUBNET: of the bridge; its first address is the node's. Default: 192.168.213.0/24.
 	Subnet netip.Prefix
 	// MTU of the bridge, in bytes. No wire limits it; the default of 9000 leaves
 	// room for the tunnel, so that a pod keeps its CNI's MTU.
 	MTU int
-	// DefaultVCPUs and DefaultMemoryMiB are the size of a pod that asks for none.
+	// LOCAL_VCPUS and LOCAL_MEMORY: DefaultVCPUs and DefaultMemoryMiB are the size of a pod that asks for none.
 	// Defaults: 1, because under emulation a second one adds half a second to
 	// each start, and 2048; memory that a VM never touches is not taken.
 	DefaultVCPUs, DefaultMemoryMiB int
@@ -107,18 +108,18 @@ func (c Config) complete(cpus int) (Config, error) {
 	}
 	c.Subnet = c.Subnet.Masked()
 	if c.Machine != MachineQ35 && c.Machine != MachineMicroVM {
-		bad("Machine %q is neither %s nor %s", c.Machine, MachineQ35, MachineMicroVM)
+		bad("LOCAL_MACHINE %q is neither %s nor %s", c.Machine, MachineQ35, MachineMicroVM)
 	}
 	if c.Accel != "" && c.Accel != AccelKVM && c.Accel != AccelTCG {
-		bad("Accel %q is neither %s nor %s, nor empty to let a test boot decide", c.Accel, AccelKVM, AccelTCG)
+		bad("LOCAL_ACCEL %q is neither %s nor %s, nor empty to let a test boot decide", c.Accel, AccelKVM, AccelTCG)
 	}
 	if c.Kernel == "" {
-		bad("Kernel is not set; name the pod VM image's kernel")
+		bad("LOCAL_KERNEL is not set; name the pod VM image's kernel")
 	}
 	if c.Initrd == "" {
-		bad("Initrd is not set; name the pod VM image's initramfs")
+		bad("LOCAL_INITRD is not set; name the pod VM image's initramfs")
 	}
-	for key, path := range map[string]*string{"Kernel": &c.Kernel, "Initrd": &c.Initrd, "StateDir": &c.StateDir} {
+	for key, path := range map[string]*string{"LOCAL_KERNEL": &c.Kernel, "LOCAL_INITRD": &c.Initrd, "LOCAL_DIR": &c.StateDir} {
 		if *path == "" {
 			continue
 		}
@@ -129,19 +130,19 @@ func (c Config) complete(cpus int) (Config, error) {
 		*path = abs
 	}
 	if len(c.Bridge) > maxLinkName || strings.ContainsAny(c.Bridge, "/ :\t\n") || c.Bridge == "." || c.Bridge == ".." {
-		bad("Bridge %q is not a link name of at most %d bytes", c.Bridge, maxLinkName)
+		bad("LOCAL_BRIDGE %q is not a link name of at most %d bytes", c.Bridge, maxLinkName)
 	}
 	if bits := c.Subnet.Addr().BitLen() - c.Subnet.Bits(); bits < minHostBits {
-		bad("Subnet %s has no room for an instance; use a /%d or wider", c.Subnet, c.Subnet.Addr().BitLen()-minHostBits)
+		bad("LOCAL_SUBNET %s has no room for an instance; use a /%d or wider", c.Subnet, c.Subnet.Addr().BitLen()-minHostBits)
 	}
 	if c.MTU < minMTU || c.MTU > maxMTU {
 		bad("MTU %d is not within %d to %d", c.MTU, minMTU, maxMTU)
 	}
 	if c.DefaultVCPUs < 1 || c.CPUOvercommit < 1 {
-		bad("DefaultVCPUs %d and CPUOvercommit %d must be 1 or more", c.DefaultVCPUs, c.CPUOvercommit)
+		bad("LOCAL_VCPUS %d and CPUOvercommit %d must be 1 or more", c.DefaultVCPUs, c.CPUOvercommit)
 	}
 	if c.DefaultMemoryMiB < minMemoryMiB || c.DefaultMemoryMiB > maxMemoryMiB {
-		bad("DefaultMemoryMiB %d is not within %d to %d", c.DefaultMemoryMiB, minMemoryMiB, maxMemoryMiB)
+		bad("LOCAL_MEMORY %d is not within %d to %d", c.DefaultMemoryMiB, minMemoryMiB, maxMemoryMiB)
 	}
 	return c, errors.Join(errs...)
 }

@@ -149,11 +149,11 @@ func fileCache(dir string) int {
 // fits checks a plan against the bare node.
 func (l nodeLimits) fits(plan cloud.Plan) error {
 	if plan.VCPUs > l.cpus {
-		return fmt.Errorf("%d vCPUs do not fit this node, which has %d CPUs; ask for fewer (annotation io.katacontainers.config.hypervisor.default_vcpus, or DefaultVCPUs): %w",
+		return fmt.Errorf("%d vCPUs do not fit this node, which has %d CPUs; ask for fewer (annotation io.katacontainers.config.hypervisor.default_vcpus, or LOCAL_VCPUS): %w",
 			plan.VCPUs, l.cpus, errdefs.ErrResourceExhausted)
 	}
 	if most := l.total - reserveMiB - qemuOverheadMiB; plan.MemoryMiB > most {
-		return fmt.Errorf("%d MiB memory do not fit this node: %s has %d MiB, of which a VM can have at most %d; ask for less (annotation io.katacontainers.config.hypervisor.default_memory, or DefaultMemoryMiB): %w",
+		return fmt.Errorf("%d MiB memory do not fit this node: %s has %d MiB, of which a VM can have at most %d; ask for less (annotation io.katacontainers.config.hypervisor.default_memory, or LOCAL_MEMORY): %w",
 			plan.MemoryMiB, l.source, l.total, max(most, 0), errdefs.ErrResourceExhausted)
 	}
 	return nil
@@ -167,8 +167,8 @@ func (l nodeLimits) admit(plan cloud.Plan, others []*record, overcommit int) err
 		promised += max(0, r.Plan.MemoryMiB+qemuOverheadMiB-residentMiB(r.Process))
 	}
 	if most := l.cpus * overcommit; vcpus+plan.VCPUs > most {
-		return fmt.Errorf("%d vCPUs do not fit: %d instances have %d of the %d vCPUs that this node with %d CPUs carries; delete pods, ask for fewer, or raise CPUOvercommit (%d): %w",
-			plan.VCPUs, len(others), vcpus, most, l.cpus, overcommit, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("%d vCPUs do not fit: %d instances have %d of the %d vCPUs that this node with %d CPUs carries; delete pods or ask for fewer (annotation io.katacontainers.config.hypervisor.default_vcpus, or LOCAL_VCPUS): %w",
+			plan.VCPUs, len(others), vcpus, most, l.cpus, errdefs.ErrResourceExhausted)
 	}
 	if free := l.free - promised - reserveMiB; plan.MemoryMiB+qemuOverheadMiB > free {
 		return fmt.Errorf("%d MiB memory and %d for QEMU do not fit: %s has %d MiB available, %d instances may still take %d and %d stay reserved; delete pods, ask for less, or use a larger node: %w",

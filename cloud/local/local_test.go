@@ -32,11 +32,16 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// TestBoot boots the project's kernel to userspace and the network, and holds the
-// guest to what the seed says.
+// TestBoot boots the project's kernel to userspace and the network, the way the
+// probe says, and holds the guest to what the seed says.
 func TestBoot(t *testing.T) {
 	dir := stateDir(t)
-	p := newProvider(t, dir, nil)
+	p := newProvider(t, dir, func(c *Config) { c.Accel = "" })
+	accel, reason, err := p.Accel(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s: %s", accel, reason)
 	inst := create(t, p, request(t, p, "boot", cloud.Size{}))
 	if inst.State != cloud.StateRunning || len(inst.Addrs) != 1 {
 		t.Fatalf("created %+v; want running with an address", inst)
@@ -67,8 +72,8 @@ func TestMicroVM(t *testing.T) {
 	dir := stateDir(t)
 	p := newProvider(t, dir, func(c *Config) { c.Machine = MachineMicroVM })
 	req := request(t, p, "a", cloud.Size{})
-	if _, err := p.Create(t.Context(), req); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set Machine to q35") {
-		t.Fatalf("Create without KVM: %v, want FailedPrecondition that names Machine", err)
+	if _, err := p.Create(t.Context(), req); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set LOCAL_MACHINE to q35") {
+		t.Fatalf("Create without KVM: %v, want FailedPrecondition that names LOCAL_MACHINE", err)
 	}
 	id := idOf(req.Token)
 	if _, err := p.reserve(t.Context(), id, req, AccelTCG); err != nil {
@@ -298,8 +303,8 @@ func TestForeignDevices(t *testing.T) {
 		p := newProvider(t, dir, nil)
 		addLink(t, &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "ppbr0"}})
 		_, err := p.Create(t.Context(), request(t, p, "a", cloud.Size{}))
-		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set another Bridge") {
-			t.Fatalf("Create: %v, want FailedPrecondition that names Bridge", err)
+		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set another LOCAL_BRIDGE") {
+			t.Fatalf("Create: %v, want FailedPrecondition that names LOCAL_BRIDGE", err)
 		}
 		if _, err := netlink.LinkByName("ppbr0"); err != nil {
 			t.Errorf("the foreign bridge: %v", err)
@@ -334,8 +339,8 @@ func TestForeignDevices(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = p.Create(t.Context(), request(t, p, "a", cloud.Size{}))
-		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set another Subnet") {
-			t.Fatalf("Create: %v, want FailedPrecondition that names Subnet", err)
+		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "set another LOCAL_SUBNET") {
+			t.Fatalf("Create: %v, want FailedPrecondition that names LOCAL_SUBNET", err)
 		}
 	})
 }
@@ -380,7 +385,7 @@ func TestCheckNamesAllProblems(t *testing.T) {
 	if err == nil {
 		t.Fatal("Check found nothing wrong")
 	}
-	for _, want := range []string{"install the package qemu-system-x86", "Kernel: open /no/kernel", "Initrd: open /no/initrd", "StateDir " + file, "DefaultMemoryMiB"} {
+	for _, want := range []string{"install the package qemu-system-x86", "LOCAL_KERNEL: open /no/kernel", "LOCAL_INITRD: open /no/initrd", "LOCAL_DIR " + file, "LOCAL_MEMORY"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("Check does not say %q:\n%v", want, err)
 		}

@@ -24,7 +24,9 @@ import (
 // configuration, and no goroutine. Links are made in the network namespace of the
 // process. Safe for concurrent use.
 type Provider struct {
-	cfg Config
+	cfg          Config
+	kvm          string        // the device; tests have others
+	probeTimeout time.Duration // probeTimeout, except in tests
 }
 
 var (
@@ -39,7 +41,7 @@ func New(cfg Config) (*Provider, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Provider{cfg: cfg}, nil
+	return &Provider{cfg: cfg, kvm: "/dev/kvm", probeTimeout: probeTimeout}, nil
 }
 
 // Underlay implements cloud.UnderlayReporter. The bridge need not exist yet.
@@ -102,7 +104,7 @@ func (p *Provider) create(ctx context.Context, req cloud.CreateRequest) (cloud.I
 		return cloud.Instance{}, err
 	}
 	if p.cfg.Machine == MachineMicroVM && accel != AccelKVM {
-		return cloud.Instance{}, fmt.Errorf("Machine %s needs KVM, which does not work here: kernels lose their clock in it under emulation; set Machine to %s: %w", MachineMicroVM, MachineQ35, errdefs.ErrFailedPrecondition)
+		return cloud.Instance{}, fmt.Errorf("LOCAL_MACHINE %s needs KVM, which does not work here: kernels lose their clock in it under emulation; set LOCAL_MACHINE to %s: %w", MachineMicroVM, MachineQ35, errdefs.ErrFailedPrecondition)
 	}
 	id := idOf(req.Token)
 	fresh, err := p.reserve(ctx, id, req, accel)
@@ -213,7 +215,7 @@ func (p *Provider) pick(id cloud.InstanceID, others []*record) (netip.Prefix, er
 			return netip.PrefixFrom(a, p.cfg.Subnet.Bits()), nil
 		}
 	}
-	return netip.Prefix{}, fmt.Errorf("all %d addresses of subnet %s are in use; delete pods or set a wider Subnet: %w", n, p.cfg.Subnet, errdefs.ErrResourceExhausted)
+	return netip.Prefix{}, fmt.Errorf("all %d addresses of subnet %s are in use; delete pods or set a wider LOCAL_SUBNET: %w", n, p.cfg.Subnet, errdefs.ErrResourceExhausted)
 }
 
 // make builds what the record describes. The instance's lock is held.
@@ -332,18 +334,16 @@ func (p *Provider) Delete(ctx context.Context, id cloud.InstanceID) error {
 
 func (p *Provider) delete(ctx context.Context, id cloud.InstanceID) error {
 	unlock, err := p.lockInstance(ctx, id)
+	if errdefs.IsNotFound(err) {
+		return errors.Join(err, p.tidyUp(ctx, id))
+	}
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	r, err := p.load(id)
-	if errdefs.IsNotFound(err) { // a Delete was killed between its last two steps
-		unlockState, lockErr := p.lockState(ctx)
-		if lockErr != nil {
-			return lockErr
-		}
-		defer unlockState()
-		return errors.Join(err, p.tidy())
+	if errdefs.IsNotFound(err) {
+		return errors.Join(err, p.tidyUp(ctx, id))
 	}
 	if err != nil { // damaged: its directory still tells which QEMU is its own
 		return p.remove(ctx, &record{ID: id, Bridge: p.cfg.Bridge})
@@ -392,6 +392,20 @@ func (p *Provider) remove(ctx context.Context, r *record) error {
 		return err
 	}
 	return os.RemoveAll(p.dir(r.ID))
+}
+
+// tidyUp is tidy for an instance that has no record, if it has a directory: a
+// Create was killed before it wrote the one, or a Delete before it removed the other.
+func (p *Provider) tidyUp(ctx context.Context, id cloud.InstanceID) error {
+	if _, err := os.Lstat(p.dir(id)); !idRule.MatchString(string(id)) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	unlock, err := p.lockState(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return p.tidy()
 }
 
 // tidy removes directories without a record: what is left when a reserve or a

@@ -50,7 +50,7 @@ const (
 func (p *Provider) findQEMU() (string, error) {
 	path, err := exec.LookPath(p.cfg.QEMU)
 	if err != nil {
-		return "", fmt.Errorf("QEMU %q is not there; install the package qemu-system-x86, or set QEMU: %w", p.cfg.QEMU, errdefs.ErrFailedPrecondition)
+		return "", fmt.Errorf("QEMU %q is not there; install the package qemu-system-x86, or set LOCAL_QEMU: %w", p.cfg.QEMU, errdefs.ErrFailedPrecondition)
 	}
 	return filepath.Abs(path)
 }

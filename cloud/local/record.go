@@ -122,9 +122,12 @@ func (p *Provider) store(r *record) error {
 	return writeFile(filepath.Join(p.dir(r.ID), recordName), append(b, '\n'))
 }
 
+// newSuffix is on a file that is being written; one that stays was never finished.
+const newSuffix = ".new"
+
 // writeFile replaces path atomically and durably; mode 0600.
 func writeFile(path string, data []byte) error {
-	tmp := path + ".new"
+	tmp := path + newSuffix
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
