@@ -165,8 +165,7 @@ func toResources(p *agentpb.LinuxResources) *specs.LinuxResources {
 		}
 	}
 	if p.Pids != nil {
-		limit := p.Pids.Limit
-		s.Pids = &specs.LinuxPids{Limit: &limit}
+		s.Pids = &specs.LinuxPids{Limit: set(p.Pids.Limit)}
 	}
 	for _, h := range p.HugepageLimits {
 		s.HugepageLimits = append(s.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: h.Pagesize, Limit: h.Limit})

@@ -245,6 +245,10 @@ func (a *Agent) unmountStorage(at string, v *mountedStorage) error {
 		return fmt.Errorf("remove storage %s: %w", at, err)
 	}
 	delete(a.volumes, at)
+	// Directories above that were made for it go when they are empty.
+	for dir := filepath.Dir(at); dir != a.cfg.StateDir && os.Remove(dir) == nil; {
+		dir = filepath.Dir(dir)
+	}
 	return nil
 }
 
