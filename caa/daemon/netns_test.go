@@ -78,6 +78,10 @@ func nodeNetworkInside(t *testing.T) {
 		t.Errorf("Inspect of a path that is not there: %v", err)
 	}
 
+	// The kernel makes IPv6's local routes a moment after the address.
+	until(t, "the address's own routes", func() bool {
+		return strings.Contains(pod.Snapshot(), "Dst: fd30::/128") && strings.Contains(pod.Snapshot(), "Dst: fd30::5/128")
+	})
 	before := pod.Snapshot()
 	tun := sandbox.NodeTunnel{
 		Tunnel: store.Tunnel{VNI: 555000, Port: 9000, Device: "ppvx555000", Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500, Pod: got},
