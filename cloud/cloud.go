@@ -39,7 +39,9 @@ type Provider interface {
 	// exists for it: the same token never makes two, however often and from
 	// however many processes it is called. It returns once the instance has an
 	// ID; addresses may still be missing (see Get). When it fails after the cloud
-	// may have accepted the request, List finds the instance by its tags.
+	// may have accepted the request, List finds the instance by its tags. A token
+	// whose instance is gone may make a new one, so a caller does not delete an
+	// instance while a Create with its token is under way.
 	Create(ctx context.Context, req CreateRequest) (Instance, error)
 
 	// Get returns the instance as it is now. NotFound once it is gone; an

@@ -6,6 +6,7 @@ package cloudtest
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"testing"
 	"testing/synctest"
@@ -28,8 +29,8 @@ type Harness struct {
 	// Leaks says what the cloud still holds beyond List: instances, disks, links,
 	// processes, files. Called when all instances were deleted. Required.
 	Leaks func() []string
-	// Instances at once that the cloud must carry; 0 is 3, less than 2 skips nothing
-	// but uses fewer.
+	// Max is how many instances at once the cloud can carry; 0 is 3. With less,
+	// fewer owners are told apart.
 	Max int
 	// Timeout for an instance to run or be gone; 0 is a minute.
 	Timeout time.Duration
@@ -71,7 +72,8 @@ type suite struct {
 	Harness
 	ctx context.Context
 	p   cloud.Provider
-	n   int // requests made
+	run string // part of each token: a real cloud remembers those of earlier runs
+	n   int    // requests made
 }
 
 // The cluster of all requests, and one whose instances nobody may touch.
@@ -96,7 +98,7 @@ func newSuite(t *testing.T, h Harness) *suite {
 	if h.CancelAfter == nil {
 		h.CancelAfter = []time.Duration{0, time.Millisecond, 5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond}
 	}
-	return &suite{T: t, Harness: h, ctx: t.Context(), p: h.New(t)}
+	return &suite{T: t, Harness: h, ctx: t.Context(), p: h.New(t), run: rand.Text()}
 }
 
 // request makes a valid request that differs from all before it.
@@ -108,7 +110,7 @@ func (s *suite) request() cloud.CreateRequest {
 	}
 	s.n++
 	return cloud.CreateRequest{
-		Token:     fmt.Sprintf("token-%s-%d", s.Name()[len(s.Name())-1:], s.n),
+		Token:     fmt.Sprintf("%s-%d", s.run, s.n),
 		Name:      fmt.Sprintf("podvm-cloudtest-%d", s.n),
 		SandboxID: fmt.Sprintf("sandbox-%d", s.n),
 		Owner:     cloud.Owner{Cluster: cluster, Node: "node-a"},

@@ -26,7 +26,7 @@ const (
 	probeMemoryMiB = 256
 	// probeMarker is what a kernel says that came to the end of its start without
 	// a root file system: memory, timers, interrupts and scheduler all worked.
-	probeMarker = "Kernel panic - not syncing: VFS"
+	probeMarker = panicMark + ": VFS"
 )
 
 // accelRecord is the answer of a probe, valid for one boot of the node, one QEMU

@@ -82,10 +82,10 @@ func TestAdmission(t *testing.T) {
 		{"fits", cloud.Plan{VCPUs: 2, MemoryMiB: 2048}, nil, ""},
 		{"fits exactly", cloud.Plan{VCPUs: 1, MemoryMiB: 4096 - reserveMiB - qemuOverheadMiB}, nil, ""},
 		{"a MiB more", cloud.Plan{VCPUs: 1, MemoryMiB: 4096 - reserveMiB - qemuOverheadMiB + 1}, nil, "has 4096 MiB available"},
-		{"others have not taken theirs yet", cloud.Plan{VCPUs: 1, MemoryMiB: 2048}, []*record{pending(1, 2048)}, "1 instances may still take 2176"},
+		{"others have not taken theirs yet", cloud.Plan{VCPUs: 1, MemoryMiB: 2048}, []*record{pending(1, 2048)}, "1 instances may still take 2240"},
 		{"more CPUs than there are", cloud.Plan{VCPUs: 3, MemoryMiB: 512}, nil, "which has 2 CPUs"},
 		{"all CPUs promised", cloud.Plan{VCPUs: 2, MemoryMiB: 256}, []*record{pending(2, 128), pending(2, 128), pending(2, 128), pending(1, 128)}, "4 instances have 7 of the 8 vCPUs"},
-		{"more memory than there is", cloud.Plan{VCPUs: 1, MemoryMiB: 8192}, nil, "at most 7808"},
+		{"more memory than there is", cloud.Plan{VCPUs: 1, MemoryMiB: 8192}, nil, "at most 7744"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := l.fits(tc.plan)

@@ -96,7 +96,7 @@ func TestMicroVM(t *testing.T) {
 }
 
 // ask connects until the guest answers.
-func ask(t *testing.T, p *Provider, inst cloud.Instance) string {
+func ask(t testing.TB, p *Provider, inst cloud.Instance) string {
 	t.Helper()
 	var answer string
 	eventually(t, "the guest answers", func() bool {

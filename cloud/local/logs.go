@@ -110,6 +110,19 @@ func tail(path string, n int64) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-n), n))
 }
 
+// lastWords tells why an instance ended: the guest kernel's panic, else what QEMU
+// said, else the end of the console.
+func lastWords(dir string) string {
+	console := lastLine(filepath.Join(dir, serialName))
+	if strings.Contains(console, panicMark) {
+		return console
+	}
+	return orText(lastLine(filepath.Join(dir, stderrName)), orText(console, "QEMU ended without a word"))
+}
+
+// panicMark is how Linux begins the last thing it says.
+const panicMark = "Kernel panic - not syncing"
+
 // lastLine is the line at the end of a log that says most: a kernel panic if there
 // is one, else the last. Empty when there is none. A guest's text is cleaned of
 // control characters.
@@ -126,7 +139,7 @@ func lastLine(path string) string {
 			}
 			return r
 		}, line))
-		if strings.Contains(line, "Kernel panic - not syncing") {
+		if strings.Contains(line, panicMark) {
 			return line
 		}
 		if line != "" {

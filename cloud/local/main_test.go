@@ -235,7 +235,7 @@ func create(t *testing.T, p *Provider, req cloud.CreateRequest) cloud.Instance {
 }
 
 // eventually polls f for a time that only a broken machine needs.
-func eventually(t *testing.T, what string, f func() bool) {
+func eventually(t testing.TB, what string, f func() bool) {
 	t.Helper()
 	for end := time.Now().Add(2 * time.Minute); !f(); {
 		if time.Now().After(end) {

@@ -272,7 +272,7 @@ func (p *Provider) instance(r *record) (cloud.Instance, error) {
 		return inst, boundLog(filepath.Join(dir, serialName), maxSerialBytes, keepSerialBytes)
 	default:
 		inst.State = cloud.StateFailed
-		inst.Detail = orText(lastLine(filepath.Join(dir, stderrName)), orText(lastLine(filepath.Join(dir, serialName)), "QEMU ended without a word"))
+		inst.Detail = lastWords(dir)
 	}
 	return inst, nil
 }

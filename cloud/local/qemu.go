@@ -79,7 +79,7 @@ func machineArgs(machine string, accel Accel) []string {
 	if accel == AccelKVM {
 		return append(args, "-accel", "kvm", "-cpu", "host")
 	}
-	return append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	return append(args, "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", codeCacheMiB), "-cpu", "max")
 }
 
 // serialArg is also how a QEMU is found whose PID was never recorded.
