@@ -74,7 +74,6 @@ type Conn struct {
 	cancel context.CancelFunc
 	done   chan struct{} // closed when run returned
 	dead   chan struct{} // closed when the guest was declared dead
-	kick   chan struct{} // capacity 1: skip what is left of a backoff
 
 	mu      sync.Mutex    // guards the fields below
 	link    *link         // nil while not connected
@@ -94,7 +93,7 @@ func New(cfg Config) *Conn {
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &Conn{
 		cfg: cfg, cancel: cancel,
-		done: make(chan struct{}), dead: make(chan struct{}), kick: make(chan struct{}, 1),
+		done: make(chan struct{}), dead: make(chan struct{}),
 		changed: make(chan struct{}),
 	}
 	go c.run(ctx)
@@ -158,8 +157,6 @@ func (c *Conn) connect(ctx context.Context) (*link, error) {
 		}
 		select {
 		case <-time.After(wait):
-		case <-c.kick:
-			wait = backoffMin
 		case <-ctx.Done():
 			return nil, fmt.Errorf("agent at %s did not answer for %s: %w", c.cfg.Socket, c.cfg.Budget, err)
 		}
@@ -320,12 +317,4 @@ func (c *Conn) PodVM(ctx context.Context, f func(ctx context.Context, vm podvmpb
 	return c.Call(ctx, func(ctx context.Context, client *ttrpc.Client, _ bool) error {
 		return f(ctx, podvmpb.NewPodVMClient(client))
 	})
-}
-
-// Kick ends a backoff: the caller has reason to believe that the agent is up.
-func (c *Conn) Kick() {
-	select {
-	case c.kick <- struct{}{}:
-	default:
-	}
 }
