@@ -255,34 +255,55 @@ func (a *Adaptor) Version(context.Context, *hypervisorpb.VersionRequest) (*hyper
 type Sink struct {
 	Address string
 
+	t       *testing.T
 	mu      sync.Mutex
 	events  []*types.Envelope
 	changed chan struct{}
+	stop    func()
 }
 
 // NewSink serves until the test ends.
 func NewSink(t *testing.T) *Sink {
 	t.Helper()
-	s := &Sink{Address: filepath.Join(shortDir(t), "events.sock"), changed: make(chan struct{})}
+	s := &Sink{Address: filepath.Join(shortDir(t), "events.sock"), t: t, changed: make(chan struct{})}
+	s.Up()
+	t.Cleanup(s.Down)
+	return s
+}
+
+// Up serves the socket.
+func (s *Sink) Up() {
 	srv, err := ttrpc.NewServer()
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	eventsapi.RegisterTTRPCEventsService(srv, s)
 	l, err := net.Listen("unix", s.Address)
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		srv.Serve(context.Background(), l)
 	}()
-	t.Cleanup(func() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stop = func() {
 		srv.Close()
 		<-done
-	})
-	return s
+	}
+}
+
+// Down ends it, as a restart of containerd does.
+func (s *Sink) Down() {
+	s.mu.Lock()
+	stop := s.stop
+	s.stop = nil
+	s.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
 }
 
 // Forward implements the events service.
