@@ -233,8 +233,9 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // Snapshot describes what a tunnel could leave behind in the namespace, one fact per
 // line: interfaces with their index, addresses, routes of all tables, rules,
 // permanent neighbours, qdiscs, ingress filters, nftables tables, and the sysctls of
-// each interface that the tunnel changes. Link-local IPv6 addresses and their routes
-// are left out: the kernel adds them when it has the time.
+// each interface that the tunnel changes. Link-local IPv6 addresses, the kernel's
+// routes for them and for multicast, and the flag RUNNING are left out: the kernel sets
+// them when it has the time.
 func (n *NS) Snapshot() string {
 	n.t.Helper()
 	var out []string
@@ -249,7 +250,7 @@ func (n *NS) Snapshot() string {
 	for _, l := range n.links() {
 		a := l.Attrs()
 		names = append(names, a.Name)
-		add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags, a.Group, a.Alias, a.HardwareAddr)
+		add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning, a.Group, a.Alias, a.HardwareAddr)
 		addrs, err := n.Handle.AddrList(l, unix.AF_UNSPEC)
 		check(err)
 		for _, addr := range addrs {
@@ -280,7 +281,8 @@ func (n *NS) Snapshot() string {
 		routes, err := n.Handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 		check(err)
 		for _, r := range routes {
-			if r.Protocol == unix.RTPROT_KERNEL && r.Dst != nil && r.Dst.IP.To4() == nil && r.Dst.IP.IsLinkLocalUnicast() {
+			if r.Protocol == unix.RTPROT_KERNEL && r.Dst != nil && r.Dst.IP.To4() == nil &&
+				(r.Dst.IP.IsLinkLocalUnicast() || r.Dst.IP.IsMulticast()) {
 				continue
 			}
 			add("route %s table %d type %d proto %d", r, r.Table, r.Type, r.Protocol)

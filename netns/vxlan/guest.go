@@ -45,6 +45,13 @@ func EnsureGuest(ctx context.Context, t GuestTunnel) error {
 	if _, err := allowSource(ctx, source); err != nil {
 		return err
 	}
+	// A rename waits for a grace period of the kernel, so it is done only where the
+	// final name is taken in this namespace, by the VM's own eth0 for example.
+	if taken, err := find(p.caller, t.Pod.Name); err != nil {
+		return err
+	} else if taken == nil {
+		d.name = t.Pod.Name
+	}
 	l, _, _, err := d.ensure(p, t.Pod.Name, t.Device)
 	if err != nil {
 		return err

@@ -49,6 +49,8 @@ type testbed struct {
 func newTestbed(t *testing.T, underlay6 bool) *testbed {
 	t.Helper()
 	top := nstest.NewTopology(t)
+	// As some distributions have it: what goes up the stack must pass this too.
+	top.Pod.Sysctl("ipv4/conf/all/rp_filter", "1")
 	pods, err := netns.Inspect(t.Context(), top.Pod.Path)
 	if err != nil {
 		t.Fatal(err)

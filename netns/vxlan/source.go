@@ -43,12 +43,19 @@ const (
 	ipv6SrcField = 8
 )
 
+// vniType only says how nft list ruleset prints a VNI: 0x012345 reads 1.35.69.0. As an
+// integer, which has no fixed length, it would always read 0 (nft 1.0.6).
+var vniType = nftables.TypeIPAddr
+
 // nftLock serialises this process's changes of nftables: a change reads first and
 // then sends one transaction, and the nftables library counts set ids in a global.
 // It is a channel so that a waiter can leave with its context.
 var nftLock = make(chan struct{}, 1)
 
 func lockNFT(ctx context.Context) (unlock func(), err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	select {
 	case nftLock <- struct{}{}:
 		return func() { <-nftLock }, nil
@@ -78,9 +85,9 @@ func openSourceFilter() (*sourceFilter, error) {
 		table: t,
 		ports: &nftables.Set{Table: t, Name: portSet, KeyType: nftables.TypeInetService},
 		sources4: &nftables.Set{Table: t, Name: source4Set, Concatenation: true,
-			KeyType: nftables.MustConcatSetType(nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInteger)},
+			KeyType: nftables.MustConcatSetType(nftables.TypeInetService, nftables.TypeIPAddr, vniType)},
 		sources6: &nftables.Set{Table: t, Name: source6Set, Concatenation: true,
-			KeyType: nftables.MustConcatSetType(nftables.TypeInetService, nftables.TypeIP6Addr, nftables.TypeInteger)},
+			KeyType: nftables.MustConcatSetType(nftables.TypeInetService, nftables.TypeIP6Addr, vniType)},
 	}
 	f.exists, err = hasTable(conn, t)
 	return f, err

@@ -3,6 +3,7 @@
 package vxlan
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -181,6 +182,64 @@ func TestRepair(t *testing.T) {
 				t.Errorf("after damage and Remove (-before +after):\n%s", d)
 			}
 		})
+	}
+}
+
+// countdown is a context that is done after it has been asked n times.
+type countdown struct {
+	context.Context
+	n int
+}
+
+func (c *countdown) Err() error {
+	if c.n--; c.n < 0 {
+		return context.Canceled
+	}
+	return nil
+}
+
+// TestCutShort: Ensure is cut short at each place where it looks at its context; then
+// Remove leaves nothing, and Ensure goes on from there.
+func TestCutShort(t *testing.T) {
+	b := newTestbed(t, false)
+	before := b.snapshots()
+	cuts := 0
+	for n := 0; ; n++ {
+		ensure := func() error {
+			return b.Node.Try(func() error { return EnsureNode(&countdown{t.Context(), n}, b.node) })
+		}
+		err := ensure()
+		if err == nil {
+			break
+		}
+		cuts++
+		if !errors.Is(err, context.Canceled) {
+			t.Fatalf("cut %d: %v", n, err)
+		}
+		if err := b.removeNode(); err != nil {
+			t.Fatalf("cut %d: %v", n, err)
+		}
+		if d := cmp.Diff(before, b.snapshots()); d != "" {
+			t.Errorf("cut %d and Remove (-before +after):\n%s", n, d)
+		}
+		if err := ensure(); !errors.Is(err, context.Canceled) {
+			t.Fatalf("cut %d again: %v", n, err)
+		}
+		if _, err := b.ensureNode(); err != nil {
+			t.Fatalf("cut %d: %v", n, err)
+		}
+		if changes, err := b.ensureNode(); err != nil || len(changes) != 0 {
+			t.Errorf("cut %d and Ensure twice: %q, %v", n, changes, err)
+		}
+		if err := b.removeNode(); err != nil {
+			t.Fatalf("cut %d: %v", n, err)
+		}
+		if d := cmp.Diff(before, b.snapshots()); d != "" {
+			t.Errorf("cut %d, Ensure and Remove (-before +after):\n%s", n, d)
+		}
+	}
+	if cuts < 5 {
+		t.Errorf("only %d cuts: the test does not reach into EnsureNode", cuts)
 	}
 }
 

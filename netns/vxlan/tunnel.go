@@ -88,8 +88,9 @@ func (t NodeTunnel) Validate() error {
 type GuestTunnel struct {
 	// NetNS is the path of the pod's namespace in the VM; the caller has made it.
 	NetNS string
-	// Device is the name the device bears while it is made, before it gets Pod.Name:
-	// 1 to 15 bytes, in use neither in the VM's root namespace nor in NetNS.
+	// Device is the name the device bears while it is made, before it gets Pod.Name,
+	// when the caller's namespace has an interface of that name: 1 to 15 bytes, in use
+	// neither there nor in NetNS.
 	Device string
 	// VNI and Port are those of the node end.
 	VNI  uint32
