@@ -30,6 +30,10 @@ import (
 
 func TestMain(m *testing.M) {
 	Init()
+	if os.Getenv(sealProbe) != "" {
+		reportSeal()
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 
