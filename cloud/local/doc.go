@@ -13,7 +13,7 @@
 //	<StateDir>/instances/<id>/qmp            its control socket
 //	                          serial.log     what the kernel and init print
 //	                          qemu.log       what QEMU itself prints
-	<StateDir>/logs/<name>-<id>.log          the serial logs of the last VMs that ended
+//	<StateDir>/logs/<name>-<id>.log          the serial logs of the last VMs that ended
 //
 // <id> is derived from the token, so that one token can only ever name one
 // directory. A step is safe to repeat; a Create that was interrupted is carried

@@ -69,23 +69,28 @@ func (p process) alive() bool {
 // exitPoll is how often a wait for a process looks at its context.
 const exitPoll = 10 * time.Millisecond
 
-// wait returns nil when the process has ended.
+// wait returns nil when all of the process has ended and its files are closed. It
+// asks a pidfd: /proc shows a zombie as soon as the first thread is gone, while
+// others may still hold the tap.
 func (p process) wait(ctx context.Context) error {
 	fd, err := p.open()
 	if err != nil || fd < 0 {
 		return err
 	}
 	defer unix.Close(fd)
-	for p.alive() {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(exitPoll/time.Millisecond))
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(exitPoll/time.Millisecond))
 		if err != nil && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("wait for process %d: %w", p.PID, err)
 		}
+		if n > 0 {
+			p.alive() // reaps it
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 	}
-	return nil
 }
 
 // kill ends the process with SIGKILL, and no other one.
@@ -101,10 +106,10 @@ func (p process) kill() error {
 	return nil
 }
 
-// open returns a pidfd, or -1 when the process has ended. The check after opening
-// makes sure that the descriptor is not of a successor under the same PID.
+// open returns a pidfd, or -1 when there is no such process, not even a zombie. The
+// check after opening makes sure that it is not of a successor under the same PID.
 func (p process) open() (int, error) {
-	if !p.alive() {
+	if p.PID == 0 {
 		return -1, nil
 	}
 	fd, err := unix.PidfdOpen(p.PID, 0)
@@ -114,7 +119,7 @@ func (p process) open() (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("open process %d: %w", p.PID, err)
 	}
-	if !p.alive() {
+	if now, err := identify(p.PID); err != nil || now != p {
 		unix.Close(fd)
 		return -1, nil
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -226,6 +227,13 @@ func (p *Provider) stop(ctx context.Context, r *record) error {
 			_ = r.Process.wait(quitCtx)
 		}
 		cancel()
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	if r.BootID == boot && !slices.Contains(all, r.Process) {
+		all = append(all, r.Process) // it may be half dead, without a command line
 	}
 	for _, proc := range all {
 		if err := proc.kill(); err != nil {
