@@ -237,3 +237,24 @@ func TestLogs(t *testing.T) {
 		t.Errorf("last line %q", l)
 	}
 }
+
+func TestLastWords(t *testing.T) {
+	for _, tc := range []struct{ console, qemu, want string }{
+		{"", "", "QEMU ended without a word"},
+		{"a\nb\n", "", "b"},
+		{"a\n", "qemu: out of memory\n", "qemu: out of memory"},
+		{"podvmd: fatal: no seed\n[    4.186689] reboot: Power down\n", "", "podvmd: fatal: no seed"},
+		{"[    4.186689] reboot: Power down\n\n", "", "[    4.186689] reboot: Power down"},
+		{"a\n[    1.000000] Kernel panic - not syncing: VFS\n[    1.000001] CPU: 0\n", "qemu: warning\n", "[    1.000000] Kernel panic - not syncing: VFS"},
+	} {
+		dir := t.TempDir()
+		for name, text := range map[string]string{serialName: tc.console, stderrName: tc.qemu} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := lastWords(dir); got != tc.want {
+			t.Errorf("console %q, QEMU %q: %q, want %q", tc.console, tc.qemu, got, tc.want)
+		}
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strings"
 	"unicode"
@@ -123,15 +124,18 @@ func lastWords(dir string) string {
 // panicMark is how Linux begins the last thing it says.
 const panicMark = "Kernel panic - not syncing"
 
+// kernelLine is a message of the kernel, by its time stamp.
+var kernelLine = regexp.MustCompile(`^\[ *[0-9]+\.[0-9]{6}\] `)
+
 // lastLine is the line at the end of a log that says most: a kernel panic if there
-// is one, else the last. Empty when there is none. A guest's text is cleaned of
-// control characters.
+// is one, else the last that a program wrote, else the last ("reboot: Power down").
+// Empty when there is none. A guest's text is cleaned of control characters.
 func lastLine(path string) string {
 	b, err := tail(path, tailBytes)
 	if err != nil {
 		return ""
 	}
-	last := ""
+	last, kernel := "", ""
 	for line := range strings.SplitSeq(string(b), "\n") {
 		line = strings.TrimSpace(strings.Map(func(r rune) rune {
 			if !unicode.IsPrint(r) {
@@ -139,12 +143,14 @@ func lastLine(path string) string {
 			}
 			return r
 		}, line))
-		if strings.Contains(line, panicMark) {
+		switch {
+		case strings.Contains(line, panicMark):
 			return line
-		}
-		if line != "" {
+		case kernelLine.MatchString(line):
+			kernel = line
+		case line != "":
 			last = line
 		}
 	}
-	return last
+	return orText(last, kernel)
 }
