@@ -238,87 +238,120 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // them when it has the time.
 func (n *NS) Snapshot() string {
 	n.t.Helper()
-	var out []string
-	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
-	check := func(err error) {
-		n.t.Helper()
-		if err != nil {
+	s := &snapshot{n: n}
+	for _, f := range []func() error{s.links, s.routes, func() error { return n.Try(s.tables) }, func() error { return n.Try(s.sysctls) }} {
+		if err := f(); err != nil {
 			n.t.Fatalf("snapshot: %v", err)
 		}
 	}
-	names := []string{"all", "default"}
-	for _, l := range n.links() {
+	slices.Sort(s.lines)
+	return strings.Join(s.lines, "\n")
+}
+
+// snapshot collects the lines of Snapshot.
+type snapshot struct {
+	n     *NS
+	lines []string
+}
+
+func (s *snapshot) add(format string, args ...any) {
+	s.lines = append(s.lines, fmt.Sprintf(format, args...))
+}
+
+func (s *snapshot) links() error {
+	h := s.n.Handle
+	for _, l := range s.n.links() {
 		a := l.Attrs()
-		names = append(names, a.Name)
-		add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning, a.Group, a.Alias, a.HardwareAddr)
-		addrs, err := n.Handle.AddrList(l, unix.AF_UNSPEC)
-		check(err)
-		for _, addr := range addrs {
-			if addr.IP.To4() == nil && addr.IP.IsLinkLocalUnicast() {
-				continue
-			}
-			add("addr %s %s flags %d", a.Name, addr.IPNet, addr.Flags)
+		s.add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning, a.Group, a.Alias, a.HardwareAddr)
+		addrs, err := h.AddrList(l, unix.AF_UNSPEC)
+		if err != nil {
+			return err
 		}
-		neighbors, err := n.Handle.NeighList(a.Index, unix.AF_UNSPEC)
-		check(err)
+		for _, addr := range addrs {
+			if addr.IP.To4() != nil || !addr.IP.IsLinkLocalUnicast() {
+				s.add("addr %s %s flags %d", a.Name, addr.IPNet, addr.Flags)
+			}
+		}
+		neighbors, err := h.NeighList(a.Index, unix.AF_UNSPEC)
+		if err != nil {
+			return err
+		}
 		for _, nb := range neighbors {
 			if nb.State == netlink.NUD_PERMANENT {
-				add("neigh %s %s %s", a.Name, nb.IP, nb.HardwareAddr)
+				s.add("neigh %s %s %s", a.Name, nb.IP, nb.HardwareAddr)
 			}
 		}
-		qdiscs, err := n.Handle.QdiscList(l)
-		check(err)
-		for _, q := range qdiscs {
-			add("qdisc %s %s", a.Name, q.Type())
+		qdiscs, err := h.QdiscList(l)
+		if err != nil {
+			return err
 		}
-		filters, err := n.Handle.FilterList(l, 0xfffffff2)
-		check(err)
+		for _, q := range qdiscs {
+			s.add("qdisc %s %s", a.Name, q.Type())
+		}
+		filters, err := h.FilterList(l, 0xfffffff2)
+		if err != nil {
+			return err
+		}
 		for _, f := range filters {
-			add("filter %s %d %d %s %+v", a.Name, f.Attrs().Priority, f.Attrs().Protocol, f.Type(), filterDetail(f))
+			s.add("filter %s %d %d %s %s", a.Name, f.Attrs().Priority, f.Attrs().Protocol, f.Type(), filterDetail(f))
 		}
 	}
+	return nil
+}
+
+func (s *snapshot) routes() error {
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		routes, err := n.Handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-		check(err)
+		routes, err := s.n.Handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return err
+		}
 		for _, r := range routes {
 			if r.Protocol == unix.RTPROT_KERNEL && r.Dst != nil && r.Dst.IP.To4() == nil &&
 				(r.Dst.IP.IsLinkLocalUnicast() || r.Dst.IP.IsMulticast()) {
 				continue
 			}
-			add("route %s table %d type %d proto %d", r, r.Table, r.Type, r.Protocol)
+			s.add("route %s table %d type %d proto %d", r, r.Table, r.Type, r.Protocol)
 		}
-		rules, err := n.Handle.RuleList(family)
-		check(err)
-		for _, r := range rules {
-			add("rule %d family %d table %d iif %q mark %d proto %d", r.Priority, family, r.Table, r.IifName, r.Mark, r.Protocol)
-		}
-	}
-	n.Do(func() error {
-		c, err := nftables.New()
+		rules, err := s.n.Handle.RuleList(family)
 		if err != nil {
 			return err
 		}
-		tables, err := c.ListTables()
-		for _, t := range tables {
-			add("nft %d %s", t.Family, t.Name)
+		for _, r := range rules {
+			s.add("rule %d family %d table %d iif %q mark %d proto %d", r.Priority, family, r.Table, r.IifName, r.Mark, r.Protocol)
 		}
+	}
+	return nil
+}
+
+// tables is for use inside the namespace, as is sysctls.
+func (s *snapshot) tables() error {
+	c, err := nftables.New()
+	if err != nil {
 		return err
-	})
-	n.Do(func() error {
-		for _, dev := range names {
-			for _, s := range []string{"ipv4/conf/%s/forwarding", "ipv6/conf/%s/forwarding", "ipv6/conf/%s/accept_ra", "ipv6/conf/%s/disable_ipv6"} {
-				name := fmt.Sprintf(s, dev)
-				b, err := os.ReadFile(filepath.Join("/proc/sys/net", name))
-				if err != nil {
-					return err
-				}
-				add("sysctl %s %s", name, strings.TrimSpace(string(b)))
+	}
+	tables, err := c.ListTables()
+	for _, t := range tables {
+		s.add("nft %d %s", t.Family, t.Name)
+	}
+	return err
+}
+
+func (s *snapshot) sysctls() error {
+	names := []string{"all", "default"}
+	for _, l := range s.n.links() {
+		names = append(names, l.Attrs().Name)
+	}
+	for _, dev := range names {
+		for _, f := range []string{"ipv4/conf/%s/forwarding", "ipv6/conf/%s/forwarding", "ipv6/conf/%s/accept_ra", "ipv6/conf/%s/disable_ipv6"} {
+			name := fmt.Sprintf(f, dev)
+			b, err := os.ReadFile(filepath.Join("/proc/sys/net", name))
+			if err != nil {
+				return err
 			}
+			s.add("sysctl %s %s", name, strings.TrimSpace(string(b)))
 		}
-		return nil
-	})
-	slices.Sort(out)
-	return strings.Join(out, "\n")
+	}
+	return nil
 }
 
 // filterDetail is what a filter does, without counters and kernel-made numbers.

@@ -3,6 +3,7 @@
 package vxlan
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -213,19 +214,9 @@ func (f *sourceFilter) list() ([]Source, error) {
 		}
 	}
 	slices.SortFunc(out, func(a, b Source) int {
-		return binary2cmp(a, b)
+		return cmp.Or(cmp.Compare(a.VNI, b.VNI), cmp.Compare(a.Port, b.Port), a.Remote.Compare(b.Remote))
 	})
 	return out, nil
-}
-
-func binary2cmp(a, b Source) int {
-	if a.VNI != b.VNI {
-		return int(a.VNI) - int(b.VNI)
-	}
-	if a.Port != b.Port {
-		return int(a.Port) - int(b.Port)
-	}
-	return a.Remote.Compare(b.Remote)
 }
 
 // keys returns the elements of set, none when the table does not exist yet.

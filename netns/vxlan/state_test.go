@@ -100,42 +100,44 @@ func TestRemoveKeepsFormerState(t *testing.T) {
 	}
 }
 
+// damages are what may be missing of the node end.
+var damages = map[string]func(b *testbed) error{
+	"device gone": func(b *testbed) error { return b.Pod.Handle.LinkDel(b.Pod.Link(testDev)) },
+	"device down": func(b *testbed) error { return b.Pod.Handle.LinkSetDown(b.Pod.Link(testDev)) },
+	"record gone with everything after it": func(b *testbed) error {
+		if err := b.removeNode(); err != nil {
+			return err
+		}
+		p, err := openPlaceIn(b)
+		if err != nil {
+			return err
+		}
+		defer p.close()
+		return b.Node.Try(func() error {
+			return device{name: testDev, vni: testVNI, port: testPort, local: b.node.Local, remote: b.node.Remote, mtu: b.node.MTU}.create(p)
+		})
+	},
+	"qdisc of the pod gone":    func(b *testbed) error { return dropQdisc(b.Pod, "eth0") },
+	"qdisc of the device gone": func(b *testbed) error { return dropQdisc(b.Pod, testDev) },
+	"rules gone": func(b *testbed) error {
+		return errors.Join(removeRules(b.Pod.Handle, unix.AF_INET), removeRules(b.Pod.Handle, unix.AF_INET6))
+	},
+	"moving of rule local cut short": func(b *testbed) error {
+		return errors.Join(b.Pod.Handle.RuleAdd(firstLocal(unix.AF_INET)), b.Pod.Handle.RuleAdd(firstLocal(unix.AF_INET6)))
+	},
+	"source filter flushed": func(b *testbed) error { return b.Node.Try(flushTables) },
+	"marks flushed":         func(b *testbed) error { return b.Pod.Try(flushTables) },
+	"sysctls back": func(b *testbed) error {
+		b.Pod.Sysctl("ipv4/conf/eth0/forwarding", "0")
+		b.Pod.Sysctl("ipv6/conf/all/forwarding", "0")
+		return nil
+	},
+}
+
 // TestRepair: whatever part of the node end is missing, as after a crash in the
 // middle or another's clean-up, Ensure makes it again and Remove still leaves nothing.
 func TestRepair(t *testing.T) {
-	del := func(b *testbed, name string) error { return b.Pod.Handle.LinkDel(b.Pod.Link(name)) }
-	for name, damage := range map[string]func(b *testbed) error{
-		"device gone": func(b *testbed) error { return del(b, testDev) },
-		"device down": func(b *testbed) error { return b.Pod.Handle.LinkSetDown(b.Pod.Link(testDev)) },
-		"record gone with everything after it": func(b *testbed) error {
-			if err := b.removeNode(); err != nil {
-				return err
-			}
-			p, err := openPlaceIn(b)
-			if err != nil {
-				return err
-			}
-			defer p.close()
-			return b.Node.Try(func() error {
-				return device{name: testDev, vni: testVNI, port: testPort, local: b.node.Local, remote: b.node.Remote, mtu: b.node.MTU}.create(p)
-			})
-		},
-		"qdisc of the pod gone":    func(b *testbed) error { return dropQdisc(b.Pod, "eth0") },
-		"qdisc of the device gone": func(b *testbed) error { return dropQdisc(b.Pod, testDev) },
-		"rules gone": func(b *testbed) error {
-			return errors.Join(removeRules(b.Pod.Handle, unix.AF_INET), removeRules(b.Pod.Handle, unix.AF_INET6))
-		},
-		"moving of rule local cut short": func(b *testbed) error {
-			return errors.Join(b.Pod.Handle.RuleAdd(firstLocal(unix.AF_INET)), b.Pod.Handle.RuleAdd(firstLocal(unix.AF_INET6)))
-		},
-		"source filter flushed": func(b *testbed) error { return b.Node.Try(flushTables) },
-		"marks flushed":         func(b *testbed) error { return b.Pod.Try(flushTables) },
-		"sysctls back": func(b *testbed) error {
-			b.Pod.Sysctl("ipv4/conf/eth0/forwarding", "0")
-			b.Pod.Sysctl("ipv6/conf/all/forwarding", "0")
-			return nil
-		},
-	} {
+	for name, damage := range damages {
 		t.Run(name, func(t *testing.T) {
 			b := newTestbed(t, false)
 			before := b.snapshots()
@@ -424,6 +426,7 @@ func TestConcurrent(t *testing.T) {
 func TestGuestAgain(t *testing.T) {
 	b := newTestbed(t, false)
 	b.up()
+	b.Guest.Settle()
 	before := b.Guest.Snapshot()
 	if err := b.ensureGuest(); err != nil {
 		t.Fatal(err)

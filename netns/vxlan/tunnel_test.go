@@ -4,10 +4,13 @@ package vxlan
 
 import (
 	"bytes"
+	"net"
+	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 
 	"github.com/kata-remote/kata-remote/netns"
 	"github.com/kata-remote/kata-remote/netns/nstest"
@@ -57,6 +60,17 @@ func TestPodSeesWhatCNIMade(t *testing.T) {
 	b := newTestbed(t, false)
 	b.Pod.Route("10.99.0.0/16", "", "eth0")
 	b.Pod.Route("10.98.0.0/16", "10.99.0.1", "eth0")
+	index := b.Pod.Link("eth0").Attrs().Index
+	for _, r := range []*netlink.Route{
+		{Dst: ipNet(netip.MustParsePrefix("10.97.0.0/16")), Gw: net.IPv4(172, 16, 0, 1), Flags: int(netlink.FLAG_ONLINK)},
+		{Dst: ipNet(netip.MustParsePrefix("fd97::/64")), Gw: net.ParseIP("fd97:1::1"), Flags: int(netlink.FLAG_ONLINK)},
+		{Dst: ipNet(netip.MustParsePrefix("fd96::/64")), Src: nstest.PodAddr6.AsSlice()},
+	} {
+		r.LinkIndex = index
+		if err := b.Pod.Handle.RouteAdd(r); err != nil {
+			t.Fatal(err)
+		}
+	}
 	b.VM.Bridge("eth0") // as the VM's own interface may be called
 	want, err := netns.Inspect(t.Context(), b.Pod.Path)
 	if err != nil {
