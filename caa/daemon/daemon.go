@@ -54,6 +54,11 @@ type announcer interface {
 	Announce(context.Context, *slog.Logger)
 }
 
+// settler is implemented by providers that know how far behind their List can be.
+type settler interface {
+	ListSettle() time.Duration
+}
+
 // New makes an adaptor of a configuration. Nothing is opened or changed yet.
 // InvalidArgument: the provider cannot be made of the configuration.
 func New(cfg *config.Config, log *slog.Logger) (*Daemon, error) {
@@ -95,12 +100,16 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		cluster = st.Installation()
 	}
 	owner := cloud.Owner{Cluster: cluster, Node: d.cfg.Node}
+	var settle time.Duration // 0: what suits a cloud
+	if p, ok := d.provider.(settler); ok {
+		settle = p.ListSettle()
+	}
 	m := sandbox.New(sandbox.Config{
 		Records: st, Provider: d.provider, ProviderName: d.cfg.Provider, Owner: owner,
 		Network: d.network, Underlay: d.underlay,
 		PodsDir: d.cfg.PodsDir, ForwarderPort: d.cfg.ForwarderPort,
 		VXLANPort: d.cfg.VXLANPort, VNIBase: d.cfg.VXLANMinID, ProxyTimeout: d.cfg.ProxyTimeout,
-		Limit: d.cfg.Limit, Tags: d.cfg.Tags, Log: d.log,
+		Limit: d.cfg.Limit, Tags: d.cfg.Tags, ListSettle: settle, Log: d.log,
 	})
 	defer m.Close()
 

@@ -49,3 +49,7 @@ func (p localProvider) Announce(ctx context.Context, log *slog.Logger) {
 			logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
 	}
 }
+
+// ListSettle is short: an instance has its directory before anything else of it, so
+// that a list shows it at once.
+func (localProvider) ListSettle() time.Duration { return 500 * time.Millisecond }

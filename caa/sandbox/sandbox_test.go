@@ -5,9 +5,11 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -245,6 +247,7 @@ func TestStepsAreUndone(t *testing.T) {
 		"create refused":    {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: errdefs.ErrPermissionDenied}) }, errdefs.IsPermissionDenied, "nginx"},
 		"create reply lost": {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: io.ErrUnexpectedEOF, Committed: true}) }, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }, "nginx"},
 		"no tunnel":         {func(w *world) { w.network.fail = refused }, func(err error) bool { return errors.Is(err, refused) }, "tunnel of pod default/nginx"},
+		"VXLAN port in use": {func(w *world) { w.network.fail = fmt.Errorf("bring x up: %w", syscall.EADDRINUSE) }, errdefs.IsFailedPrecondition, "UDP port 9000 of this node is in use by another program: stop that program, or set VXLAN_PORT"},
 		"forwarder silent":  {func(w *world) { w.vms.Mute.Store(true); w.timeout = 100 * time.Millisecond }, errdefs.IsUnavailable, "PROXY_TIMEOUT (100ms)"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -7,8 +7,10 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -294,7 +296,14 @@ func tunnelOf(rec store.Record) NodeTunnel {
 // doTunnel makes the node end. The record has its device's name since reserve.
 func (m *Manager) doTunnel(ctx context.Context, sb *Sandbox) error {
 	rec := sb.record()
-	if err := m.cfg.Network.Ensure(ctx, tunnelOf(rec)); err != nil {
+	err := m.cfg.Network.Ensure(ctx, tunnelOf(rec))
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		// The kernel binds the port when the first device on it comes up.
+		return errdefs.ErrFailedPrecondition.WithMessage(fmt.Sprintf(
+			"tunnel of pod %s: UDP port %d of this node is in use by another program: stop that program, or set VXLAN_PORT to a free port",
+			rec.Pod, rec.Tunnel.Port))
+	case err != nil:
 		return fmt.Errorf("tunnel of pod %s: %w", rec.Pod, err)
 	}
 	return nil
