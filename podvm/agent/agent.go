@@ -93,8 +93,8 @@ type Config struct {
 	ResolvConf string
 	// Version is reported by Version and GetGuestDetails.
 	Version string
-	// OnDestroy is called after DestroySandbox was answered, once for each such call.
-	// Nil: the agent goes on serving.
+	// OnDestroy is called, in a goroutine of its own, once DestroySandbox has removed
+	// everything; the answer may still be on its way. Nil: the agent goes on serving.
 	OnDestroy func()
 	// Logger takes the agent's log. Nil: slog.Default.
 	Logger *slog.Logger

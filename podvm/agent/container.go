@@ -55,6 +55,16 @@ type container struct {
 // idPattern is what names may look like: they become parts of paths.
 var idPattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
+// reservedIDs are the agent's own directories beside those of the containers.
+var reservedIDs = []string{"runtime", "sandbox", "shared"}
+
+func checkContainerID(id string) error {
+	if slices.Contains(reservedIDs, id) {
+		return fmt.Errorf("container_id %q is a directory of the agent: %w", id, errdefs.ErrInvalidArgument)
+	}
+	return checkID("container_id", id)
+}
+
 func checkID(kind, id string) error {
 	if !idPattern.MatchString(id) || len(id) > 255 {
 		return fmt.Errorf("%s %q: it has at least two letters, digits, '_', '.' or '-', the first a letter or digit: %w", kind, id, errdefs.ErrInvalidArgument)
@@ -107,7 +117,7 @@ func (c *container) find(id ExecID) (*process, error) {
 		return c.init, nil
 	}
 	for _, p := range c.execs {
-		if p.id == id && p.stdout != nil {
+		if p.id == id && p.started() {
 			return p, nil
 		}
 	}

@@ -43,7 +43,7 @@ func TestToGRPC(t *testing.T) {
 	}
 }
 
-// The codes that runtimes rely on (kata.md §3.5, §9 item 9).
+// The codes that runtimes rely on (kata.md §3.5, §9 item 9): one long table.
 func TestCodes(t *testing.T) {
 	g := newGuest(t)
 	ctx := g.ctx()
@@ -192,6 +192,10 @@ func TestCodes(t *testing.T) {
 		}, codes.FailedPrecondition},
 		{"bad id", func() error {
 			_, err := g.CreateContainer(ctx, &agentpb.CreateContainerRequest{ContainerId: "../x", OCI: g.spec("true")})
+			return err
+		}, codes.InvalidArgument},
+		{"reserved id", func() error {
+			_, err := g.CreateContainer(ctx, &agentpb.CreateContainerRequest{ContainerId: "shared", OCI: g.spec("true")})
 			return err
 		}, codes.InvalidArgument},
 		{"no spec", func() error {

@@ -62,7 +62,7 @@ func (s *podvm) ImportRootfs(ctx context.Context, srv podvmpb.PodVM_ImportRootfs
 }
 
 func checkImport(req *podvmpb.ImportRootfsRequest) error {
-	if err := checkID("container_id", req.ContainerId); err != nil {
+	if err := checkContainerID(req.ContainerId); err != nil {
 		return err
 	}
 	switch req.Compression {

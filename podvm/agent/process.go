@@ -72,6 +72,13 @@ func (p *process) hasExited() (exited, collected bool) {
 	return p.state == ProcessExited, p.collected
 }
 
+// started tells whether the process exists, and with it its streams.
+func (p *process) started() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state != ProcessStarting
+}
+
 // settled tells whether nobody can want anything of the process any more.
 func (p *process) settled() bool {
 	exited, collected := p.hasExited()

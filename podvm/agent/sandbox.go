@@ -229,6 +229,10 @@ func (a *Agent) releaseSandbox(sb *sandbox) error {
 			errs = append(errs, err)
 		}
 	}
+	// What was made for the sandbox; a directory stays when something else is in it.
+	for _, name := range []string{"resolv.conf", "ns", ""} {
+		_ = os.Remove(filepath.Join(a.cfg.StateDir, "sandbox", name))
+	}
 	a.mu.Lock()
 	if sb.pidns != nil {
 		sb.pidns.Close()

@@ -113,7 +113,7 @@ func (a *Agent) createContainer(ctx context.Context, req *agentpb.CreateContaine
 
 // checkCreate refuses what this agent would otherwise ignore.
 func checkCreate(req *agentpb.CreateContainerRequest) error {
-	if err := checkID("container_id", req.ContainerId); err != nil {
+	if err := checkContainerID(req.ContainerId); err != nil {
 		return err
 	}
 	if req.OCI == nil {

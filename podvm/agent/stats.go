@@ -9,6 +9,7 @@ import (
 	"github.com/opencontainers/cgroups"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // toCgroupStats says in the protocol's types what libcontainer measured.
@@ -67,17 +68,18 @@ func toBlkio(in []cgroups.BlkioStatEntry) (out []*agentpb.BlkioStatsEntry) {
 	return out
 }
 
-// podNetlink opens a netlink socket in the pod's network namespace. Close it.
+// podNetlink opens a netlink socket in the pod's network namespace. Close it. It is
+// of the one family that is needed: a guest may lack the modules of the others.
 func (a *Agent) podNetlink() (*netlink.Handle, error) {
 	if a.cfg.PodNetNS == "" {
-		return netlink.NewHandle()
+		return netlink.NewHandle(unix.NETLINK_ROUTE)
 	}
 	ns, err := netns.GetFromPath(a.cfg.PodNetNS)
 	if err != nil {
 		return nil, fmt.Errorf("open the pod's network namespace: %w", err)
 	}
 	defer ns.Close()
-	return netlink.NewHandleAt(ns)
+	return netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 }
 
 // networkStats counts the traffic of the pod's interfaces but lo.
