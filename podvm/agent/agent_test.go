@@ -42,7 +42,7 @@ const patience = 60 * time.Second
 
 // guest is an agent behind a real socket, on libcontainer and this machine's kernel.
 type guest struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	agent  *Agent
 	socket string
@@ -60,7 +60,7 @@ type client struct {
 
 var guests atomic.Int32
 
-func newGuest(t *testing.T, change ...func(*Config)) *guest {
+func newGuest(t testing.TB, change ...func(*Config)) *guest {
 	t.Helper()
 	// Not t.TempDir: the name of a test would make the socket's path too long.
 	dir, err := os.MkdirTemp("", "agent")
@@ -162,7 +162,7 @@ func (g *guest) ctx() context.Context {
 }
 
 // must fails the test on an error.
-func must[T any](t *testing.T) func(T, error) T {
+func must[T any](t testing.TB) func(T, error) T {
 	return func(v T, err error) T {
 		t.Helper()
 		if err != nil {
