@@ -196,3 +196,16 @@ func TestKeysAreDistinct(t *testing.T) {
 		seen[k.name] = true
 	}
 }
+
+// TestKeysAreDocumented holds docs/adaptor-config.md to the keys there are.
+func TestKeysAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/adaptor-config.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range keys {
+		if !strings.Contains(string(doc), "`"+k.name+"`") {
+			t.Errorf("%s is not in docs/adaptor-config.md", k.name)
+		}
+	}
+}

@@ -80,9 +80,28 @@ type node struct {
 	t       *testing.T
 	dir     string
 	world   *sim.World
+	vms     *podvmtest.VMs
 	network *stubNetwork
 	cfg     config.Config
-	log     bytes.Buffer
+	log     logBuffer
+}
+
+// logBuffer is what the adaptors of a node have logged.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer // guarded by mu
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 func newNode(t *testing.T) *node {
@@ -92,7 +111,7 @@ func newNode(t *testing.T) *node {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	vms := podvmtest.New(t)
-	n := &node{t: t, dir: dir, world: sim.NewWorld(sim.Config{Launcher: vms}), network: &stubNetwork{tunnels: map[string]bool{}}}
+	n := &node{t: t, dir: dir, world: sim.NewWorld(sim.Config{Launcher: vms}), vms: vms, network: &stubNetwork{tunnels: map[string]bool{}}}
 	t.Cleanup(n.world.Close)
 	n.cfg = config.Config{
 		StateDir: filepath.Join(dir, "state"), Socket: filepath.Join(dir, "h.sock"), PodsDir: filepath.Join(dir, "pods"),
@@ -110,7 +129,7 @@ func (n *node) netns() string { return filepath.Join(n.dir, "netns") }
 // adaptor makes an adaptor of the node; Run runs it.
 func (n *node) adaptor() *Daemon {
 	cfg := n.cfg
-	return &Daemon{cfg: &cfg, log: slog.New(slog.NewJSONHandler(&n.log, nil)), provider: simulated{n.world.NewProvider()}, network: n.network}
+	return &Daemon{cfg: &cfg, log: slog.New(slog.NewJSONHandler(&n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), provider: simulated{n.world.NewProvider()}, network: n.network}
 }
 
 // run runs an adaptor and returns when its socket answers. stop ends it as SIGTERM
@@ -236,6 +255,7 @@ func TestOwnerWithoutACluster(t *testing.T) {
 
 func TestCallerThatDisappears(t *testing.T) {
 	n := newNode(t)
+	n.vms.Hold = make(chan struct{})
 	n.run()
 	if _, err := n.create("s1"); err != nil {
 		t.Fatal(err)
@@ -253,6 +273,12 @@ func TestCallerThatDisappears(t *testing.T) {
 	until(t, "an instance", func() bool { return len(n.world.Instances()) == 1 })
 	client.Close() // as when a shim is killed
 	<-done
+	until(t, "the adaptor to notice", func() bool { return strings.Contains(n.log.String(), "its start goes on") })
+	close(n.vms.Hold)
+	until(t, "the pod to run without anybody to tell", func() bool {
+		r, err := adminpb.NewAdminClient(dial(t, n.cfg.Socket)).ListSandboxes(t.Context(), &adminpb.ListSandboxesRequest{Id: "s1"})
+		return err == nil && r.Sandboxes[0].State == "running" && r.Sandboxes[0].LeaseUnixNano != 0
+	})
 	if _, err := n.shim().StartVM(t.Context(), &hypervisorpb.StartVMRequest{Id: "s1"}); err != nil {
 		t.Errorf("the next caller: %v", err)
 	}

@@ -371,7 +371,13 @@ func TestUnclaimedIsDeleted(t *testing.T) {
 	if err := <-kept; err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(2 * w.lease)
+	sb, err := a.find("kept")
+	if err == nil {
+		err = sb.expire()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	if s := a.state("kept"); s != StateRunning {
 		t.Errorf("a sandbox with a caller is %s", s)
 	}
@@ -465,4 +471,22 @@ func TestHungSandboxBlocksNobodyElse(t *testing.T) {
 	a.Stop(t.Context(), "hung")
 	<-done
 	a.gone("hung")
+}
+
+// TestCallerThatLeavesAtTheEnd: the start has ended, and at the same moment its only
+// caller left without being told.
+func TestCallerThatLeavesAtTheEnd(t *testing.T) {
+	w := newWorld(t, sim.Config{})
+	a := w.start()
+	a.up("s1")
+	sb, err := a.find("s1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.leave(&startOp{waiters: 2}); err != nil || !sb.record().Lease.IsZero() {
+		t.Errorf("one of two left: lease %v, %v", sb.record().Lease, err)
+	}
+	if err := sb.leave(&startOp{waiters: 1}); err != nil || sb.record().Lease.IsZero() {
+		t.Errorf("the only one left: lease %v, %v", sb.record().Lease, err)
+	}
 }

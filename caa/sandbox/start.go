@@ -5,6 +5,7 @@ package sandbox
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"time"
 
@@ -43,11 +44,21 @@ func (m *Manager) Start(ctx context.Context, id string) error {
 	case <-op.done:
 		return op.err
 	case <-ctx.Done():
-		sb.mu.Lock()
-		op.waiters--
-		sb.mu.Unlock()
-		return fmt.Errorf("wait for sandbox %s to start (its start goes on): %w", id, ctx.Err())
+		err := fmt.Errorf("wait for sandbox %s to start (its start goes on): %w", id, ctx.Err())
+		return errors.Join(err, sb.leave(op))
 	}
+}
+
+// leave takes a caller off the start that was not told how it ended. Where the start
+// has just ended well and nobody else was told, a lease begins after all.
+func (sb *Sandbox) leave(op *startOp) error {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	op.waiters--
+	if op.waiters > 0 || sb.rec.State != StateRunning || !sb.rec.Lease.IsZero() {
+		return nil
+	}
+	return sb.updateLocked(func(r *store.Record) { r.Lease = time.Now().Add(sb.m.cfg.Lease) })
 }
 
 // begin starts the sandbox, or joins the start under way. Nil: it runs.
