@@ -7,7 +7,7 @@
 //
 //	root ─▶ mounts ─▶ modules (each as soon as those it needs are in)
 //	                    ├─ virtio_blk ─▶ seed ─┬─ virtio_net ─▶ links ─▶ tunnel ─┐
-//	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening
+//	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening ─▶ cpus
 //
 // As a service of an ordinary system (RunService): the configuration is a file and
 // the network is there, so only tunnel, agent and listening are left.
@@ -82,15 +82,17 @@ func RunService(ctx context.Context, cfg Config) error {
 		return err
 	}
 	m := newMarks()
-	return serve(ctx, cfg, pod, m, func() error {
+	network := func() error {
 		defer m.done("tunnel")
 		return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
-	})
+	}
+	return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) { m.log(log) })
 }
 
 // serve starts agent and forwarder and runs them until ctx is done. network is run
-// beside the preparations; the port opens after it.
-func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, network func() error) error {
+// beside the preparations; the port opens after it. listening is called once the port
+// is open, before the first connection is served.
+func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, network func() error, listening func(*slog.Logger)) error {
 	log := cfg.Logger.With(logkey.Sandbox, pod.SandboxID)
 	credentials := forwarder.Credentials{
 		Key:      []byte(string(pod.TLSServerKey)),
@@ -119,7 +121,7 @@ func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, n
 		return errors.Join(err, inner.Close())
 	}
 	m.done("listening")
-	m.log(log)
+	listening(log)
 	return prepared.run(ctx, l)
 }
 

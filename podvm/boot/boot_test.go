@@ -96,7 +96,8 @@ func TestBootedImage(t *testing.T) {
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("dial the pod through the tunnel: %v, want that the pod refuses", err)
 	}
-	wantMarks(t, v.output(), "root", "modules", "seed", "nic", "tunnel", "agent", "listening")
+	v.waitFor(`"step":"cpus"`)
+	wantMarks(t, v.output(), "cpus", "root", "modules", "seed", "nic", "tunnel", "agent", "listening")
 }
 
 // wantMarks wants one record for each step, and a plausible time in it.
@@ -236,6 +237,27 @@ func TestServiceRefuses(t *testing.T) {
 				t.Errorf("got %q, want %q", log.String(), s.want)
 			}
 		})
+	}
+}
+
+func TestOnlineCPUs(t *testing.T) {
+	root := t.TempDir()
+	for name, state := range map[string]string{"cpu1": "0\n", "cpu2": "1\n", "cpufreq": "0\n"} {
+		if err := os.Mkdir(filepath.Join(root, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, name, "online"), []byte(state), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := onlineCPUs(root); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"cpu1": "1", "cpu2": "1\n", "cpufreq": "0\n"} {
+		got, err := os.ReadFile(filepath.Join(root, name, "online"))
+		if err != nil || string(got) != want {
+			t.Errorf("%s: %q, %v; want %q", name, got, err, want)
+		}
 	}
 }
 

@@ -7,9 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
@@ -20,6 +24,7 @@ import (
 
 const (
 	cgroupRoot = "/sys/fs/cgroup"
+	cpuRoot    = "/sys/devices/system/cpu"
 	// searchPath is what the kernel does not set for PID 1.
 	searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	// maxFiles is the limit that processes inherit; the kernel's 4096 is too low for
@@ -32,6 +37,7 @@ const (
 // sentence first.
 func RunInit(ctx context.Context, cfg Config) {
 	m := newMarks()
+	runtime.GOMAXPROCS(1) // see onlineCPUs
 	err := runInit(ctx, cfg.complete(), m)
 	if err != nil {
 		m.log(cfg.complete().Logger)
@@ -56,6 +62,30 @@ func powerOff() {
 		}
 	}
 	os.Exit(1) // the kernel panics, and with panic=-1 restarts
+}
+
+// onlineCPUs takes the CPUs into use that the kernel command line's maxcpus= left out,
+// and lets Go use all there are.
+//
+// The start is faster on one CPU: emulated CPUs wait for each other at every change of
+// kernel code, and a handful of short goroutines gains nothing from a second one
+// (QEMU 7.2, 2 vCPUs, 2026-11-21: 2.7 s of the node's CPU instead of 3.3 to 4).
+func onlineCPUs(root string) error {
+	files, err := filepath.Glob(filepath.Join(root, "cpu[0-9]*", "online"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		state, err := os.ReadFile(f)
+		if err == nil && strings.TrimSpace(string(state)) == "0" {
+			err = os.WriteFile(f, []byte("1"), 0)
+		}
+		if err != nil {
+			return fmt.Errorf("take all CPUs into use: %w", err)
+		}
+	}
+	runtime.SetDefaultGOMAXPROCS()
+	return nil
 }
 
 func runInit(ctx context.Context, cfg Config, m *marks) error {
@@ -83,8 +113,19 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		if err != nil {
 			return err
 		}
-		return serve(ctx, cfg, pod, m, func() error {
-			return bringUpNetwork(ctx, cfg, boot, pod, loading, m)
+		network := func() error { return bringUpNetwork(ctx, cfg, boot, pod, loading, m) }
+		return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) {
+			m.log(log)
+			g.Go(func() error {
+				if err := onlineCPUs(cpuRoot); err != nil {
+					// A slower pod is better than none.
+					log.Error("not all CPUs are in use", logkey.Error, err.Error())
+					return nil
+				}
+				m.done("cpus")
+				m.log(log)
+				return nil
+			})
 		})
 	})
 	return g.Wait()

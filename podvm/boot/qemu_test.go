@@ -260,6 +260,24 @@ func (v *vm) output() string {
 	return strings.ReplaceAll(string(b), "\r", "")
 }
 
+// waitFor waits until the console shows the text.
+func (v *vm) waitFor(text string) {
+	v.t.Helper()
+	deadline := time.NewTimer(patience)
+	defer deadline.Stop()
+	tick := time.NewTicker(poll)
+	defer tick.Stop()
+	for !strings.Contains(v.output(), text) {
+		select {
+		case <-tick.C:
+		case <-v.ended:
+			v.t.Fatalf("the guest ended without %q on its console", text)
+		case <-deadline.C:
+			v.t.Fatalf("no %q on the console", text)
+		}
+	}
+}
+
 // dial connects from the node's namespace, again and again until the guest listens.
 func (v *vm) dial(address string) net.Conn {
 	v.t.Helper()

@@ -14,6 +14,10 @@ meta=linux-image-cloud-$arch
 cache=${KATA_REMOTE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kata-remote}/kernel
 mkdir -p "$cache"
 
+# One at a time: two downloads would rename over each other.
+exec 9>"$cache/.lock"
+flock 9
+
 say() { echo "fetch-kernel: $*" >&2; }
 
 # candidate prints the real package and its version: "name version".

@@ -55,8 +55,9 @@ const (
 // CommandLine is the kernel command line the image is meant to be started with.
 // A console= argument is the starter's business. random.trust_cpu and an early
 // panic reboot keep a start from hanging; cryptomgr.notests leaves out self-tests
-// of ciphers that cost a tenth of an emulated kernel's start.
-const CommandLine = "quiet loglevel=3 panic=-1 random.trust_cpu=on cryptomgr.notests"
+// of ciphers that cost a tenth of an emulated kernel's start. With maxcpus=1 the
+// start runs on one CPU; podvmd takes the others into use once it listens.
+const CommandLine = "quiet loglevel=3 panic=-1 random.trust_cpu=on cryptomgr.notests maxcpus=1"
 
 // Config says what to build. All fields are needed.
 type Config struct {

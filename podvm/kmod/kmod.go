@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -78,15 +77,18 @@ func ReadList(r io.Reader) ([]Module, error) {
 
 // Loading is a list of modules on their way into the kernel.
 type Loading struct {
-	g    *errgroup.Group
-	ctx  context.Context // of the loading; ends with the first error
-	done map[string]chan struct{}
+	done  map[string]chan struct{} // by module; closed when it is in
+	ended chan struct{}            // closed when no more will be loaded
+	err   error                    // why not all were; set before ended is closed
 }
 
-// Load starts to load a list from dir: each module after those it needs and
-// otherwise all at the same time, because the kernel checks signatures without a
-// lock. cmdline is the kernel command line, whose "module.name=value" words the
-// kernel keeps for built-in modules only. The caller calls Wait.
+// Load starts to load a list from dir, one module after the other in the list's
+// order. Side by side is slower where it matters: an emulated machine's CPUs wait for
+// each other whenever kernel code is patched, which is most of a load (QEMU 7.2,
+// 2 vCPUs, 2026-11-21: 270 to 350 ms in a row, 570 ms side by side).
+//
+// cmdline is the kernel command line, whose "module.name=value" words the kernel
+// keeps for built-in modules only. The caller calls Wait.
 func Load(ctx context.Context, dir string, list []Module, cmdline string) *Loading {
 	return load(ctx, list, loader{dir: dir, params: moduleParams(cmdline), insert: finitModule, has: hasBus})
 }
@@ -100,55 +102,62 @@ type loader struct {
 }
 
 func load(ctx context.Context, list []Module, ld loader) *Loading {
-	g, ctx := errgroup.WithContext(ctx)
-	l := &Loading{g: g, ctx: ctx, done: make(map[string]chan struct{}, len(list))}
+	l := &Loading{done: make(map[string]chan struct{}, len(list)), ended: make(chan struct{})}
 	for _, m := range list {
 		l.done[m.Name] = make(chan struct{})
 	}
-	for _, m := range list {
-		g.Go(func() error {
-			if !l.reached(m.Deps) {
-				return context.Cause(ctx)
+	go func() {
+		defer close(l.ended)
+		for _, m := range list {
+			if l.err = ctx.Err(); l.err != nil {
+				return
 			}
-			if m.When == "" || ld.has(m.When) {
-				err := ld.insert(filepath.Join(ld.dir, m.File), ld.params[m.Name])
-				if err != nil && !errors.Is(err, unix.EEXIST) {
-					return fmt.Errorf("load kernel module %s: %w", m.Name, err)
-				}
+			if l.err = ld.one(m); l.err != nil {
+				return
 			}
 			close(l.done[m.Name])
-			return nil
-		})
-	}
+		}
+	}()
 	return l
 }
 
-// reached waits until the named modules are loaded. It returns false when the
-// loading ended before that.
-func (l *Loading) reached(names []string) bool {
-	for _, n := range names {
-		select {
-		case <-l.done[n]:
-		case <-l.ctx.Done():
-			return false
-		}
-	}
-	return true
-}
-
-// WaitFor waits until the named modules of the list are loaded, or one of the list
-// could not be. Names that are not on the list are built into the kernel and are
-// not waited for.
-func (l *Loading) WaitFor(names ...string) error {
-	listed := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return l.done[n] == nil })
-	if l.reached(listed) {
+// one loads a module, unless the machine has nothing it drives.
+func (ld loader) one(m Module) error {
+	if m.When != "" && !ld.has(m.When) {
 		return nil
 	}
-	return l.Wait()
+	err := ld.insert(filepath.Join(ld.dir, m.File), ld.params[m.Name])
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("load kernel module %s: %w", m.Name, err)
+	}
+	return nil
+}
+
+// WaitFor waits until the named modules of the list are loaded, or the loading ended
+// before that. Names that are not on the list are built into the kernel and are not
+// waited for.
+func (l *Loading) WaitFor(names ...string) error {
+	for _, n := range names {
+		done := l.done[n]
+		if done == nil {
+			continue
+		}
+		select {
+		case <-done:
+		case <-l.ended:
+			if l.err != nil {
+				return l.err
+			}
+		}
+	}
+	return nil
 }
 
 // Wait waits until all modules are loaded or one could not be.
-func (l *Loading) Wait() error { return l.g.Wait() }
+func (l *Loading) Wait() error {
+	<-l.ended
+	return l.err
+}
 
 // finitModule loads one module.
 func finitModule(file, params string) error {
