@@ -56,6 +56,14 @@ $(BIN)/crictl: test/tools/cri/go.mod test/tools/cri/go.sum
 	@cd test/tools/cri && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ github.com/kubernetes-sigs/cri-tools/cmd/crictl
 	@touch $@
 
+# containerd 2, which Debian 12 does not have.
+$(OUT)/containerd2/containerd: test/tools/containerd/go.mod test/tools/containerd/go.sum
+	@mkdir -p $(@D)
+	@echo "building containerd 2 (about a minute the first time)" >&2
+	@cd test/tools/containerd && CGO_ENABLED=0 $(GO) build -tags no_btrfs,no_zfs,no_devmapper -ldflags '-s -w' -o $(@D)/ \
+		github.com/containerd/containerd/v2/cmd/containerd github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 github.com/containerd/containerd/v2/cmd/ctr
+	@touch $@
+
 demo: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/demo ./test/demo
 	@$(BIN)/demo -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/demo $(if $(KEEP),-keep)
@@ -65,24 +73,26 @@ demo-stop:
 
 # -p 2: two packages at a time; the kernel tests and the virtual machines of more
 # would starve each other on two cores.
-test: build podvm-image verify $(BIN)/crictl
+test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd2/containerd
 	@$(GO) build -o $(BIN)/tally ./test/tally
 	@$(GO) vet -tags $(TEST_TAGS) ./...
 	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \
 	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 15m -json ./... | $(BIN)/tally -name test
 
 bench: build podvm-image $(BIN)/crictl
-	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm $(GO) run ./test/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
+	@$(GO) build -o $(BIN)/bench ./test/bench
+	@$(BIN)/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
+	@$(GO) test -run '^$$' -bench . ./agent-protocol/relay ./caa/agentproxy
 
 generate: setup
 	@mkdir -p $(BIN)
 	@GOBIN=$(BIN) $(GO) install tool
-	@protoc -I . --go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) agent-protocol/proto/*.proto
+	@protoc -I . --go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) agent-protocol/proto/*.proto caa/adminpb/*.proto
 
 # The committed code is what the definitions make, and go.mod is tidy.
 verify: generate
-	@if ! git diff --quiet -- agent-protocol; then \
-		git diff --stat -- agent-protocol; \
+	@if ! git diff --quiet -- agent-protocol caa/adminpb; then \
+		git diff --stat -- agent-protocol caa/adminpb; \
 		echo 'verify: the generated code differs from the definitions: commit what `make generate` made' >&2; exit 1; fi
 	@$(GO) mod tidy -diff >/dev/null || { echo 'verify: go.mod is not tidy: run go mod tidy' >&2; exit 1; }
 

@@ -32,7 +32,8 @@ const keepFD = 3
 // Isolation says how a program is taken apart from its machine.
 type Isolation struct {
 	// PIDFile receives what Stop needs: the process id, as the machine sees it, of
-	// process 1 inside, and the folders that were made. Empty: not written. It is removed when the inside has ended.
+	// process 1 inside, and the folders that were made. What an earlier run of the
+	// same file left running is stopped first. Empty: not written. It is removed when the inside has ended.
 	PIDFile string
 	// MayKeep lets the inside outlive the outside (see Keep). Without it the
 	// inside is killed when the outside dies, however that happens.
@@ -72,6 +73,11 @@ func runOutside(opt Isolation) (int, error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("namespaces and virtual network devices need root: run it as root")
 	}
+	if opt.PIDFile != "" {
+		if err := Stop(opt.PIDFile); err != nil {
+			return 0, fmt.Errorf("stop the earlier run: %w", err)
+		}
+	}
 	runtime.LockOSThread() // Pdeathsig follows the thread that forked (prctl(2))
 	dirs, err := makeDirs()
 	if err != nil {
@@ -87,13 +93,47 @@ func runOutside(opt Isolation) (int, error) {
 		groups.remove()
 		removeDirs(dirs)
 	}
-	r, w, err := os.Pipe()
+	cmd, kept, err := startInit(opt, groups, dirs)
 	if err != nil {
 		cleanUp()
 		return 0, err
 	}
-	defer r.Close()
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	defer kept.Close()
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		for s := range signals {
+			cmd.Process.Signal(s)
+		}
+	}()
+	status := make([]byte, 1)
+	if n, _ := kept.Read(status); n == 1 {
+		return int(status[0]), nil // it stays, and so do its groups and its PID file
+	}
+	err = cmd.Wait()
+	cleanUp()
+	if opt.PIDFile != "" {
+		os.Remove(opt.PIDFile)
+	}
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return 0, err
+	}
+	if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() {
+		return 128 + int(s.Signal()), nil
+	}
+	return cmd.ProcessState.ExitCode(), nil
+}
+
+// startInit starts process 1 inside the groups. kept ends when the inside has, or
+// carries the exit status that Keep was given.
+func startInit(opt Isolation, groups cgroups, dirs []string) (cmd *exec.Cmd, kept *os.File, err error) {
+	kept, w, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer w.Close()
+	cmd = exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), stageVar+"="+stageInit)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -112,7 +152,6 @@ func runOutside(opt Isolation) (int, error) {
 		err = cmd.Start()
 	}
 	err = errors.Join(err, groups.leave())
-	w.Close()
 	if err == nil && opt.PIDFile != "" {
 		text := strings.Join(append([]string{strconv.Itoa(cmd.Process.Pid)}, dirs...), "\n")
 		err = os.WriteFile(opt.PIDFile, []byte(text+"\n"), 0o644)
@@ -122,33 +161,10 @@ func runOutside(opt Isolation) (int, error) {
 			cmd.Process.Kill()
 			cmd.Wait()
 		}
-		cleanUp()
-		return 0, err
+		kept.Close()
+		return nil, nil, err
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	go func() {
-		for s := range signals {
-			cmd.Process.Signal(s)
-		}
-	}()
-	kept := make([]byte, 1)
-	if n, _ := r.Read(kept); n == 1 {
-		return int(kept[0]), nil // it stays, and so do its groups and its PID file
-	}
-	err = cmd.Wait()
-	cleanUp()
-	if opt.PIDFile != "" {
-		os.Remove(opt.PIDFile)
-	}
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		return 0, err
-	}
-	if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() {
-		return 128 + int(s.Signal()), nil
-	}
-	return cmd.ProcessState.ExitCode(), nil
+	return cmd, kept, nil
 }
 
 // Keep ends the program that was started, with the given exit status, while the
@@ -158,17 +174,26 @@ func Keep(code int) error {
 	if os.Getenv(keepVar) == "" {
 		return errors.New("this program was not started to be kept")
 	}
+	if err := dropTerminal(); err != nil {
+		return err
+	}
+	_, err := unix.Write(keepFD, []byte{byte(code)})
+	return err
+}
+
+// dropTerminal lets go of whatever this process was started at.
+func dropTerminal() error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
+	defer null.Close()
 	for fd := range 3 {
 		if err := unix.Dup2(int(null.Fd()), fd); err != nil {
 			return err
 		}
 	}
-	_, err = unix.Write(keepFD, []byte{byte(code)})
-	return err
+	return nil
 }
 
 // Stop ends what Keep left running, by the PID file of its Isolation. Nothing
@@ -229,6 +254,9 @@ func runInit() (int, error) {
 		return 0, fmt.Errorf("start %s: %w", self, err)
 	}
 	unix.Close(keepFD)
+	if err := dropTerminal(); err != nil { // or who waits for its end would wait for ours
+		return 0, err
+	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {

@@ -56,12 +56,52 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
       container_annotations = ["io.katacontainers.*"]
 `
 
-// StartContainerd starts Debian's containerd with a root, state and socket of its
-// own and imports the images.
+// containerd2Config is the same for containerd 2, whose configuration has version 3.
+// The runc shim of its own version stands beside it.
+const containerd2Config = `version = 3
+root = "%[1]s/containerd"
+state = "/run/containerd-testbed/state"
+disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs", "io.containerd.internal.v1.tracing"]
+
+[grpc]
+  address = "` + ContainerdSocket + `"
+
+[plugins.'io.containerd.internal.v1.opt']
+  path = "%[1]s/opt"
+
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "overlayfs"
+  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+    sandbox = "` + PauseImage + `"
+
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  enable_cdi = false
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "/etc/cni/net.d"
+  [plugins.'io.containerd.cri.v1.runtime'.containerd]
+    default_runtime_name = "runc"
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.` + Handler + `]
+      runtime_type = "io.containerd.kata-remote.v2"
+      privileged_without_host_devices = true
+      pod_annotations = ["io.katacontainers.*"]
+      container_annotations = ["io.katacontainers.*"]
+`
+
+// StartContainerd starts containerd with a root, state and socket of its own and
+// imports the images.
 func (b *Bed) StartContainerd(ctx context.Context) error {
+	config := containerdConfig
+	if b.Containerd2 != "" {
+		config = containerd2Config
+	}
 	for path, text := range map[string]string{
 		"/etc/cni/net.d/10-testbed.conflist":    cniConfig,
-		filepath.Join(b.Out, "containerd.toml"): fmt.Sprintf(containerdConfig, b.Out),
+		filepath.Join(b.Out, "containerd.toml"): fmt.Sprintf(config, b.Out),
 	} {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
@@ -78,7 +118,11 @@ func (b *Bed) StartContainerd(ctx context.Context) error {
 		if err := make(b, archive); err != nil {
 			return fmt.Errorf("make image %s: %w", name, err)
 		}
-		if _, err := Run(ctx, "ctr", "-a", ContainerdSocket, "-n", "k8s.io", "images", "import", archive); err != nil {
+		args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
+		if b.Containerd2 != "" {
+			args = append(args, "--local") // its transfer service wants a platform's unpacker configured
+		}
+		if _, err := Run(ctx, b.program("ctr"), append(args, archive)...); err != nil {
 			return err
 		}
 		os.Remove(archive)
@@ -86,13 +130,25 @@ func (b *Bed) StartContainerd(ctx context.Context) error {
 	return nil
 }
 
+// program is one of containerd's programs: of Debian's 1.6 or of the built 2.
+func (b *Bed) program(name string) string {
+	if b.Containerd2 != "" {
+		return filepath.Join(b.Containerd2, name)
+	}
+	return name
+}
+
 // RestartContainerd starts containerd on the state that is there. Kill or stop the
 // running one first.
 func (b *Bed) RestartContainerd(ctx context.Context) error {
-	cmd := exec.Command("containerd", "-c", filepath.Join(b.Out, "containerd.toml"))
-	cmd.Env = append(os.Environ(), "PATH="+b.Bin+":"+os.Getenv("PATH"))
+	cmd := exec.Command(b.program("containerd"), "-c", filepath.Join(b.Out, "containerd.toml"))
+	path := b.Bin + ":" + os.Getenv("PATH") // where containerd looks for shims
+	if b.Containerd2 != "" {
+		path = b.Containerd2 + ":" + path
+	}
+	cmd.Env = append(os.Environ(), "PATH="+path)
 	d, err := b.Start(ctx, "containerd", cmd, func(ctx context.Context) error {
-		_, err := Run(ctx, "ctr", "-a", ContainerdSocket, "version")
+		_, err := Run(ctx, b.program("ctr"), "-a", ContainerdSocket, "version")
 		return err
 	})
 	b.Containerd = d
@@ -120,8 +176,8 @@ func (b *Bed) AdaptorConfig() []string {
 	return append([]string{
 		"CLOUD_PROVIDER=local",
 		"NODE_NAME=testbed",
-		"LOCAL_KERNEL=" + filepath.Join(b.PodVM, "vmlinuz"),
-		"LOCAL_INITRD=" + filepath.Join(b.PodVM, "initrd.img"),
+		"LOCAL_KERNEL=" + b.Image.Kernel.Path,
+		"LOCAL_INITRD=" + b.Image.Initrd.Path,
 		"LOG_LEVEL=debug",
 	}, b.AdaptorEnv...)
 }

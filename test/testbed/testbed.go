@@ -23,13 +23,17 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/kata-remote/kata-remote/podvm/image"
 )
 
 // Bed is one worker node. Make it with New inside Isolate.
 type Bed struct {
-	Bin   string // folder of the built programs
-	PodVM string // folder of the pod VM image
-	Out   string // folder for logs and containerd's content; made anew
+	Bin   string          // folder of the built programs
+	Image *image.Manifest // the pod VM image
+	Out   string          // folder for logs and containerd's content; made anew
+	// Containerd2 is the folder of a built containerd 2. Empty: Debian's 1.6.
+	Containerd2 string
 	// AdaptorEnv is added to the adaptor's configuration.
 	AdaptorEnv []string
 
@@ -59,13 +63,17 @@ const (
 
 // New prepares the folders. Whatever an earlier run left in out is removed.
 func New(bin, podvm, out string) (*Bed, error) {
-	b := &Bed{Bin: bin, PodVM: podvm, Out: out}
+	m, err := image.ReadManifest(podvm)
+	if err != nil {
+		return nil, fmt.Errorf("pod VM image: %w (run make podvm-image first)", err)
+	}
+	b := &Bed{Bin: bin, Image: m, Out: out}
 	for _, f := range []string{
 		filepath.Join(bin, "containerd-shim-kata-remote-v2"), filepath.Join(bin, "cloud-api-adaptor"), filepath.Join(bin, "crictl"),
-		filepath.Join(podvm, "vmlinuz"), filepath.Join(podvm, "initrd.img"),
+		m.Kernel.Path, m.Initrd.Path,
 	} {
 		if _, err := os.Stat(f); err != nil {
-			return nil, fmt.Errorf("%s is missing: run make build podvm-image first", f)
+			return nil, fmt.Errorf("%s is missing: run make build first", f)
 		}
 	}
 	if err := os.RemoveAll(out); err != nil {

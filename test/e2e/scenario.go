@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e runs pods on a testbed and checks what a user of them would see. Its
+// checks are the tests of this folder and what `make demo` narrates: one list, so
+// that what is shown is what is tested.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/kata-remote/kata-remote/test/testbed"
+)
+
+// Check is one thing that must hold. Checks run in order; a later one may need what
+// an earlier one made.
+type Check struct {
+	// Name says what holds when the check passes.
+	Name string
+	// Run returns what was seen, for a person, or why the check failed.
+	Run func(context.Context) (string, error)
+}
+
+// Chapter is a group of checks with a heading.
+type Chapter struct {
+	Title  string
+	Checks []Check
+	// Needed chapters end the scenario when a check of theirs fails: nothing that
+	// follows could pass.
+	Needed bool
+}
+
+// Scenario is the life of two pods on one node.
+type Scenario struct {
+	Bed *testbed.Bed
+	// Keep leaves out the last chapter: the pods stay.
+	Keep bool
+
+	before   Snapshot
+	pod      *Pod       // the pod that is looked at
+	app      *Container // its main container: a web server
+	other    *Pod       // another pod in a machine of its own
+	plain    *Pod       // an ordinary runc pod beside it
+	plainApp *Container
+	capture  *Capture
+
+	// PodStart is how long RunPodSandbox of the first pod took, as crictl saw it.
+	PodStart time.Duration
+	// ContainerStart is how long create and start of its first container took.
+	ContainerStart time.Duration
+}
+
+// Chapters is the whole scenario.
+func (s *Scenario) Chapters() []Chapter {
+	chapters := []Chapter{
+		{"A worker node: containerd, the adaptor, a bridge CNI", s.nodeChecks(), true},
+		{"A pod with handler " + testbed.Handler, s.podChecks(), true},
+		{"Where the time of its start went", []Check{{"every step was timed", s.timing}}, false},
+		{"Inside: another kernel, the same interface", s.insideChecks(), false},
+		{"The network: the CNI's address, through the tunnel", s.networkChecks(), false},
+		{"The agent's port", s.securityChecks(), false},
+		{"The adaptor is killed and comes back", s.restartChecks(), false},
+	}
+	if !s.Keep {
+		chapters = append(chapters, Chapter{"Removal: nothing is left", s.removalChecks(), false})
+	}
+	return chapters
+}
+
+// Container is the id of the container that the checks look at, or "".
+func (s *Scenario) Container() string {
+	if s.app == nil {
+		return ""
+	}
+	return s.app.ID
+}
+
+func (s *Scenario) nodeChecks() []Check {
+	return []Check{
+		{"containerd of its own is up, with images made on the spot", func(ctx context.Context) (string, error) {
+			if err := s.Bed.StartContainerd(ctx); err != nil {
+				return "", err
+			}
+			return s.Bed.Crictl(ctx, "version")
+		}},
+		{"the adaptor is up, with the embedded provider", func(ctx context.Context) (string, error) {
+			return "", s.Bed.StartAdaptor(ctx)
+		}},
+		{"an ordinary runc pod runs beside it", func(ctx context.Context) (string, error) {
+			var err error
+			if s.plain, err = RunPod(ctx, s.Bed, "plain", "", nil); err != nil {
+				return "", err
+			}
+			if s.plainApp, err = s.plain.Run(ctx, "app", "sh", "-c", "httpd -f -p 80 -h /www"); err != nil {
+				return "", err
+			}
+			s.before, err = TakeSnapshot()
+			return "address " + s.plain.IP, err
+		}},
+	}
+}
+
+func (s *Scenario) podChecks() []Check {
+	return []Check{
+		{"the pod is ready", func(ctx context.Context) (string, error) {
+			start := time.Now()
+			var err error
+			s.pod, err = RunPod(ctx, s.Bed, "first", testbed.Handler, nil)
+			s.PodStart = time.Since(start)
+			if err != nil {
+				return "", err
+			}
+			return fmt.Sprintf("address %s, after %v", s.pod.IP, s.PodStart.Round(time.Millisecond)), nil
+		}},
+		{"a container of it runs", func(ctx context.Context) (string, error) {
+			start := time.Now()
+			var err error
+			s.app, err = s.pod.Run(ctx, "app", "sh", "-c", "echo hello from the pod; uname -r; exec httpd -f -p 80 -h /www")
+			s.ContainerStart = time.Since(start)
+			return fmt.Sprintf("after %v", s.ContainerStart.Round(time.Millisecond)), err
+		}},
+	}
+}
+
+func (s *Scenario) removalChecks() []Check {
+	return []Check{
+		{"the pods are removed", func(ctx context.Context) (string, error) {
+			start := time.Now()
+			for _, p := range []*Pod{s.other, s.pod} {
+				if p == nil {
+					continue
+				}
+				if err := p.Remove(ctx); err != nil {
+					return "", err
+				}
+			}
+			return fmt.Sprintf("after %v", time.Since(start).Round(time.Millisecond)), nil
+		}},
+		{"no process, namespace, link, mount, tap or file is left", func(ctx context.Context) (string, error) {
+			// Deletion of the instance goes on in the adaptor after the pod is gone.
+			ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+			defer cancel()
+			var now Snapshot
+			err := testbed.Poll(ctx, func(context.Context) (err error) {
+				if now, err = TakeSnapshot(); err != nil {
+					return err
+				}
+				if more := now.Beyond(s.before); len(more) > 0 {
+					return fmt.Errorf("left behind: %q", more)
+				}
+				return nil
+			})
+			return fmt.Sprintf("%d processes, links, mounts and files, as before", len(now)), err
+		}},
+		{"the runc pod is removed, and containerd and the adaptor end when asked", func(ctx context.Context) (string, error) {
+			if s.plain != nil {
+				if err := s.plain.Remove(ctx); err != nil {
+					return "", err
+				}
+			}
+			return "", s.Bed.Stop()
+		}},
+	}
+}
+
+// Run runs every check. chapter is told each heading, begin each check before it
+// runs, report its result: what was seen, or why it failed. It returns how many
+// passed and failed.
+func (s *Scenario) Run(ctx context.Context, chapter func(string), begin func(Check), report func(Check, string, error, time.Duration)) (passed, failed int) {
+	for _, ch := range s.Chapters() {
+		chapter(ch.Title)
+		ok := true
+		for _, c := range ch.Checks {
+			begin(c)
+			start := time.Now()
+			seen, err := c.Run(ctx)
+			report(c, seen, err, time.Since(start))
+			if err != nil {
+				failed++
+				ok = false
+			} else {
+				passed++
+			}
+			if !ok && ch.Needed {
+				return passed, failed
+			}
+		}
+	}
+	return passed, failed
+}
