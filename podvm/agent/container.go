@@ -406,6 +406,9 @@ func (c *container) freeze(ctx context.Context, to ContainerState) error {
 	return c.to(to)
 }
 
+// errRemoved says that somebody else removed the container first.
+var errRemoved = errors.New("removed meanwhile")
+
 // remove kills what runs and releases everything. A second call finds the container
 // gone or, after an error, goes on where the first stopped.
 func (c *container) remove(ctx context.Context) error {
@@ -418,7 +421,7 @@ func (c *container) remove(ctx context.Context) error {
 	processes := slices.Clone(c.execs)
 	c.mu.Unlock()
 	if state == StateRemoved {
-		return fmt.Errorf("%s: container %s was removed meanwhile", invalidID, c.id)
+		return fmt.Errorf("%s: container %s: %w", invalidID, c.id, errRemoved)
 	}
 	if init != nil {
 		processes = append(processes, init)

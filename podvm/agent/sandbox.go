@@ -193,7 +193,9 @@ func (a *Agent) destroySandbox(ctx context.Context) error {
 	}
 	for _, c := range list {
 		one, cancel := context.WithTimeout(ctx, destroyTimeout)
-		errs = append(errs, c.remove(one))
+		if err := c.remove(one); !errors.Is(err, errRemoved) {
+			errs = append(errs, err)
+		}
 		cancel()
 	}
 	errs = append(errs, a.root.RemoveAll(ctx), a.files.reset())
