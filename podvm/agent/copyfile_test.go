@@ -81,14 +81,18 @@ func TestCopyFile(t *testing.T) {
 		}
 	}
 	check("vol/..data", string(parts), unix.S_IFREG|0o600)
+}
 
-	// Many at a time do not meet.
+// Many at a time do not meet.
+func TestCopyFilesAtOnce(t *testing.T) {
+	g := newGuest(t)
+	dir := g.agent.files.dir
 	var wg sync.WaitGroup
 	for i := range 20 {
 		wg.Go(func() {
 			data := bytes.Repeat([]byte{byte('a' + i)}, 3000)
 			for at := 0; at < 3000; at += 1000 {
-				if err := copyFile(&agentpb.CopyFileRequest{Path: fmt.Sprintf("%s/many/f.%d", dir, i), FileSize: 3000, FileMode: 0o644, Offset: int64(at), Data: data[at : at+1000]}); err != nil {
+				if _, err := g.CopyFile(g.ctx(), &agentpb.CopyFileRequest{Path: fmt.Sprintf("%s/many/f.%d", dir, i), FileSize: 3000, FileMode: 0o644, Offset: int64(at), Data: data[at : at+1000]}); err != nil {
 					t.Error(err)
 				}
 			}
