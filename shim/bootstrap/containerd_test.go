@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -122,6 +123,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.b
 	t.Cleanup(func() {
 		d.stop()
 		d.log.Close()
+		for _, pid := range shims() { // those of a test that failed
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
 		if t.Failed() {
 			b, _ := os.ReadFile(filepath.Join(dir, "log"))
 			t.Logf("containerd: %s", b)
@@ -183,7 +187,8 @@ func TestContainerd(t *testing.T) {
 				fmt.Fprintln(p.Stdout, "hello", strings.Join(p.Args[1:], " "))
 				return 6
 			},
-			"cat": func(_ context.Context, p *agenttest.Proc) int {
+			"cat": func(ctx context.Context, p *agenttest.Proc) int {
+				defer context.AfterFunc(ctx, func() { p.Stdin.(io.Closer).Close() })()
 				io.Copy(p.Stdout, p.Stdin)
 				return 0
 			},
@@ -287,23 +292,24 @@ func checkRootfs(t *testing.T, agent *agenttest.Agent) {
 	}
 }
 
+// shims are the servers of this test's binary that run.
+func shims() (pids []int) {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, d := range dirs {
+		if pid, err := strconv.Atoi(filepath.Base(d)); err == nil && alive(pid) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
 // checkNoShim waits until no server of this test's binary runs.
 func checkNoShim(t *testing.T) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		exes, _ := filepath.Glob("/proc/[0-9]*/exe")
-		left := slices.ContainsFunc(exes, func(p string) bool {
-			exe, err := os.Readlink(p)
-			return err == nil && exe == binary
-		})
-		if !left {
-			return
-		}
+	for deadline := time.Now().Add(10 * time.Second); len(shims()) > 0; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Error("a shim is left")
 			return
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }

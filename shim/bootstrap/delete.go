@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/kata-remote/kata-remote/shim/sandbox"
@@ -94,7 +95,7 @@ func endServer(ctx context.Context, bundle string) {
 	if conn, err := d.DialContext(ctx, "unix", path); err == nil {
 		client := ttrpc.NewClient(conn)
 		defer client.Close()
-		if client.Call(ctx, service.Names[0], "Shutdown", &taskapi.ShutdownRequest{Now: true}, &types.RuntimeInfo{}) == nil {
+		if client.Call(ctx, service.Names[0], "Shutdown", &taskapi.ShutdownRequest{Now: true}, &emptypb.Empty{}) == nil {
 			return // it removes its socket itself
 		}
 	}

@@ -13,7 +13,6 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
@@ -27,9 +26,6 @@ import (
 // gcPercent trades a little CPU for memory: there is a server for every pod of the
 // node, and each does next to nothing.
 const gcPercent = 40
-
-// answerTimeout is for answers under way when the server ends.
-const answerTimeout = 100 * time.Millisecond
 
 // Serve serves the Task API on the socket passed as fd 3 until containerd shuts the
 // shim down or ctx ends.
@@ -73,11 +69,7 @@ func Serve(ctx context.Context, f Flags, version string) error {
 	go func() {
 		<-ended
 		os.Remove(path)
-		sctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
-		defer cancel()
-		if server.Shutdown(sctx) != nil { // lets the answer to Shutdown out
-			server.Close()
-		}
+		server.Close() // the answer to Shutdown may be lost, which containerd expects
 	}()
 	log.L.WithField(logkey.Sandbox, f.ID).Debug("shim serves")
 	if err := server.Serve(context.WithoutCancel(ctx), l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {

@@ -81,12 +81,13 @@ type Process struct {
 	cfg  Config
 	done chan struct{} // closed when the process exited
 
-	mu      sync.Mutex // guards the fields below
-	state   State
-	exit    Exit
-	streams *stdio.Streams
-	size    [2]uint32 // rows and columns wanted before the start; 0: none
-	killed  bool      // somebody sent SIGKILL
+	mu       sync.Mutex // guards the fields below
+	state    State
+	exit     Exit
+	streams  *stdio.Streams
+	size     [2]uint32 // rows and columns wanted before the start; 0: none
+	killed   bool      // somebody sent SIGKILL
+	inputEnd bool      // the standard input was closed, possibly before the start
 }
 
 // New registers a process.
@@ -173,7 +174,7 @@ func (p *Process) start(ctx context.Context) error {
 	}, files)
 	p.mu.Lock()
 	p.streams = streams
-	size := p.size
+	size, inputEnd := p.size, p.inputEnd
 	if err = p.moveLocked(eventStarted); err == nil {
 		p.cfg.Started()
 	}
@@ -181,6 +182,9 @@ func (p *Process) start(ctx context.Context) error {
 	if err != nil {
 		streams.Close()
 		return err
+	}
+	if inputEnd {
+		streams.CloseInput()
 	}
 	if size != [2]uint32{} {
 		if err := p.resize(ctx, size); err != nil {
@@ -266,6 +270,9 @@ func (p *Process) Kill(ctx context.Context, sig syscall.Signal) error {
 	}
 	_, err := guest.Agent(ctx, p.cfg.Conn, agentpb.AgentServiceService.SignalProcess,
 		&agentpb.SignalProcessRequest{ContainerId: p.cfg.Container, ExecId: p.signalID(), Signal: uint32(sig)})
+	if errors.Is(err, guest.ErrDead) {
+		return nil // the process ends with its guest: perhaps by this very signal
+	}
 	return err
 }
 
@@ -299,9 +306,11 @@ func (p *Process) resize(ctx context.Context, size [2]uint32) error {
 	return err
 }
 
-// CloseInput marks the end of the process's standard input.
+// CloseInput marks the end of the process's standard input. A client may be done with
+// it while the start is still under way; then it holds from the start on.
 func (p *Process) CloseInput() {
 	p.mu.Lock()
+	p.inputEnd = true
 	streams := p.streams
 	p.mu.Unlock()
 	if streams != nil {

@@ -73,7 +73,8 @@ func mountRoot(r Request) (dir string, unmount func() error, err error) {
 		dir = filepath.Join(r.Bundle, dir)
 	}
 	if len(r.Mounts) == 0 {
-		return dir, func() error { return nil }, nil
+		_, err := os.Stat(dir)
+		return dir, func() error { return nil }, err
 	}
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", nil, err

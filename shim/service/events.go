@@ -34,8 +34,9 @@ const (
 )
 
 // Events delivers events to containerd, in the order in which they were published,
-// one at a time. Publish never waits. Without an address (CRI-O has none) events
-// are only logged.
+// one at a time. Publish never waits. An event is delivered once, except that one
+// whose answer was lost with a containerd that ended is told to the next one too.
+// Without an address (CRI-O has none) events are only logged.
 type Events struct {
 	address, namespace string
 	client             *ttrpc.Client // used by run only

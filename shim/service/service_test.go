@@ -63,7 +63,8 @@ var programs = map[string]agenttest.Program{
 		fmt.Fprint(p.Stderr, "err")
 		return n
 	},
-	"cat": func(_ context.Context, p *agenttest.Proc) int {
+	"cat": func(ctx context.Context, p *agenttest.Proc) int {
+		defer context.AfterFunc(ctx, func() { p.Stdin.(io.Closer).Close() })()
 		if _, err := io.Copy(p.Stdout, p.Stdin); err != nil {
 			return 1
 		}
@@ -472,6 +473,25 @@ func TestUnreadOutput(t *testing.T) {
 	}
 }
 
+// TestInputClosedEarly has a client that is done with the input before the process
+// was started.
+func TestInputClosedEarly(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	in, out := e.fifo("in"), e.fifo("out")
+	out.collect()
+	e.exec("app", "x", stdio.Config{Stdin: in.path, Stdout: out.path}, "cat")
+	_, err := e.svc.CloseIO(e.ctx, &taskapi.CloseIORequest{ID: "app", ExecID: "x", Stdin: true})
+	e.must(err)
+	e.start("app", "x")
+	if got := e.wait("app", "x"); got != 0 {
+		t.Errorf("status %d", got)
+	}
+	if b := <-out.done; len(b) > 0 {
+		t.Errorf("output %q", b)
+	}
+}
+
 // TestStartFails has a command that does not exist: the error says so, waiters
 // return, and there is no exit without a start.
 func TestStartFails(t *testing.T) {
@@ -545,8 +565,8 @@ func TestRollback(t *testing.T) {
 	})
 }
 
-// TestGuestDies has a pod VM whose socket the adaptor took away: every process exits
-// with 137, and what remains can be deleted.
+// TestPodEndsWithItsSandbox has the sandbox's container killed first: the others exit
+// with 137, and can be deleted.
 func TestPodEndsWithItsSandbox(t *testing.T) {
 	e := newEnv(t, ours)
 	e.pod()
