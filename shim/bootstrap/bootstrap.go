@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -231,6 +232,9 @@ func startServer(f Flags, bundle, address string, l *net.UnixListener) (*exec.Cm
 	if f.Debug {
 		args = append(args, "-debug")
 	}
+	// What containerd got from its own parent and passed on without knowing must not
+	// live as long as a pod: somebody may wait for the other end of a pipe.
+	unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	cmd := exec.Command(self, args...)
 	cmd.Dir = bundle
 	cmd.Stderr = stderr

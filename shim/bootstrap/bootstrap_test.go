@@ -92,6 +92,7 @@ type containerd struct {
 	sink    *shimtest.Sink
 	socket  string
 	netns   string
+	leak    *os.File // passed on to start, when it is not nil
 }
 
 func newContainerd(t *testing.T) *containerd {
@@ -122,6 +123,9 @@ func (c *containerd) command(bundle, id, action string, stdin io.Reader) *exec.C
 		cmd.Args = append(cmd.Args[:len(cmd.Args)-1], "-bundle", bundle, action)
 	}
 	cmd.Dir, cmd.Stdin = bundle, stdin
+	if c.leak != nil {
+		cmd.ExtraFiles = []*os.File{nil, nil, c.leak}
+	}
 	cmd.Env = append(os.Environ(), "TTRPC_ADDRESS="+c.sink.Address, "MAX_SHIM_VERSION=2", "GOMAXPROCS=2")
 	return cmd
 }
@@ -230,6 +234,12 @@ func TestBinary(t *testing.T) {
 	if err := unix.Mkfifo(logFIFO, 0o700); err != nil { // nobody reads it
 		t.Fatal(err)
 	}
+	leak, err := os.Create(filepath.Join(t.TempDir(), "leak"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer leak.Close()
+	c.leak = leak
 	address := c.start(pod, "pod", nil)
 	if !strings.HasPrefix(address, "unix:///run/containerd/s/") || strings.ContainsAny(address, "\n {") {
 		t.Fatalf("start printed %q", address)
@@ -265,6 +275,15 @@ func TestBinary(t *testing.T) {
 	c.deleteBinary(app, "app")
 	if got := c.adaptor.Stops(); len(got) > 0 {
 		t.Fatalf("StopVM of %v by the end of one container", got)
+	}
+	if fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)); err != nil {
+		t.Error(err)
+	} else {
+		for _, fd := range fds {
+			if to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, fd.Name())); to == leak.Name() {
+				t.Error("the shim holds a file that its starter was given by accident")
+			}
+		}
 	}
 	if pss := memory(t, pid); pss > 16<<10 {
 		t.Errorf("the shim takes %d KiB, more than 16 MiB", pss)
