@@ -5,6 +5,7 @@ package bootstrap
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -245,6 +246,11 @@ func TestBinary(t *testing.T) {
 		t.Fatalf("start printed %q", address)
 	}
 	app := shimtest.Bundle(t, shimtest.Spec(c.netns, podAnnotations("container", "pod"), "echo", "hello"))
+	big := make([]byte, 64<<20)
+	rand.Read(big)
+	if err := os.WriteFile(filepath.Join(app, "rootfs/big"), big, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	out := filepath.Join(t.TempDir(), "out")
 	call := func(service, method string, req, resp proto.Message) {
 		t.Helper()
@@ -285,10 +291,10 @@ func TestBinary(t *testing.T) {
 			}
 		}
 	}
-	if pss := memory(t, pid); pss > 16<<10 {
-		t.Errorf("the shim takes %d KiB, more than 16 MiB", pss)
-	} else {
-		t.Logf("PSS %d KiB", pss)
+	pss, peak := memory(t, pid, "smaps_rollup", "Pss:"), memory(t, pid, "status", "VmHWM:")
+	t.Logf("PSS %d KiB, at most %d KiB", pss, peak)
+	if pss > 16<<10 || peak > 40<<10 { // less than the root file system it streamed
+		t.Errorf("the shim takes %d KiB, more than 16 MiB; at most %d KiB", pss, peak)
 	}
 	call(v2, "Kill", &taskapi.KillRequest{ID: "pod", Signal: 9}, &emptypb.Empty{})
 	call(v2, "Wait", &taskapi.WaitRequest{ID: "pod"}, &exit)
@@ -309,15 +315,15 @@ func TestBinary(t *testing.T) {
 	}
 }
 
-// memory is the proportional set size of a process in KiB.
-func memory(t *testing.T, pid int) int {
+// memory is a line of a file in /proc/PID, in KiB.
+func memory(t *testing.T, pid int, file, line string) int {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "Pss:"); ok {
+	for l := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(l, line); ok {
 			n, err := strconv.Atoi(strings.Fields(v)[0])
 			if err != nil {
 				t.Fatal(err)
@@ -325,7 +331,7 @@ func memory(t *testing.T, pid int) int {
 			return n
 		}
 	}
-	t.Fatal("no Pss")
+	t.Fatalf("no %s", line)
 	return 0
 }
 
