@@ -180,6 +180,34 @@ func TestStripSignature(t *testing.T) {
 	}
 }
 
+func TestHideUnwindTables(t *testing.T) {
+	for name, hidden := range map[string]bool{".orc_unwind": true, ".orc_unwind_ip": true, ".text": false} {
+		m := elfFile(t, name, []byte("content"))
+		// The third section header's flags, which elfFile leaves 0.
+		shoff := binary.LittleEndian.Uint64(m[0x28:])
+		binary.LittleEndian.PutUint64(m[shoff+2*64+8:], uint64(elf.SHF_ALLOC))
+		before := bytes.Clone(m)
+		out, err := hideUnwindTables(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(m, before) {
+			t.Error("the input was changed")
+		}
+		f, err := elf.NewFile(bytes.NewReader(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := f.Sections[2]
+		if hidden != (s.Name != name) || hidden != (s.Flags&elf.SHF_ALLOC == 0) {
+			t.Errorf("%s became %s with flags %v", name, s.Name, s.Flags)
+		}
+	}
+	if _, err := hideUnwindTables([]byte("garbage")); err == nil {
+		t.Error("garbage: no error")
+	}
+}
+
 type entry struct {
 	Name string
 	Mode cpio.FileMode
@@ -212,7 +240,8 @@ func readArchive(t *testing.T, b []byte) []entry {
 func TestInitramfs(t *testing.T) {
 	dir := t.TempDir()
 	podvmd, module := filepath.Join(dir, "podvmd"), filepath.Join(dir, "a-b.ko")
-	if err := errors.Join(os.WriteFile(podvmd, []byte("program"), 0o600), os.WriteFile(module, signed("code"), 0o600)); err != nil {
+	code := string(elfFile(t, ".text", []byte("code")))
+	if err := errors.Join(os.WriteFile(podvmd, []byte("program"), 0o600), os.WriteFile(module, signed(code), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	modules := []Module{{Name: "a_b", Path: module, When: "pci"}}
@@ -231,7 +260,7 @@ func TestInitramfs(t *testing.T) {
 	for _, want := range []entry{
 		{"init", cpio.TypeReg | 0o755, "program"},
 		{"proc", cpio.TypeDir | 0o755, ""},
-		{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, "code"},
+		{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, code},
 		{"lib/modules/list", cpio.TypeReg | 0o644, "a_b a_b.ko pci\n"},
 	} {
 		if !slices.Contains(got, want) {
@@ -250,7 +279,7 @@ func TestInitramfs(t *testing.T) {
 			}
 		}
 	}
-	if withSignature := readArchive(t, build(true)); !slices.Contains(withSignature, entry{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, string(signed("code"))}) {
+	if withSignature := readArchive(t, build(true)); !slices.Contains(withSignature, entry{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, string(signed(code))}) {
 		t.Error("the signature was not kept")
 	}
 }
