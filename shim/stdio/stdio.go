@@ -104,9 +104,7 @@ func (f *Files) Close() {
 	}
 }
 
-// openSink opens where output goes. A FIFO is opened for reading too: its reader is
-// containerd, and a write must wait for a restarted containerd instead of failing
-// with EPIPE.
+// openSink opens where output goes.
 func openSink(addr string) (io.WriteCloser, error) {
 	if addr == "" {
 		return nil, nil
@@ -121,7 +119,11 @@ func openSink(addr string) (io.WriteCloser, error) {
 		}
 		return os.OpenFile(u.Path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
 	}
-	return os.OpenFile(strings.TrimPrefix(addr, "fifo://"), os.O_RDWR, 0)
+	f, err := os.OpenFile(strings.TrimPrefix(addr, "fifo://"), os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	return outFIFO{f}, nil
 }
 
 // Stdin is the reading end of a process's standard input. containerd may come and

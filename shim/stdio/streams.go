@@ -47,7 +47,7 @@ type Streams struct {
 	files   *Files
 	cancel  context.CancelFunc
 	moved   progress
-	drained chan struct{} // closed when every output stream ended
+	drained chan struct{} // closed when every output stream ended and its FIFO is empty
 	wg      sync.WaitGroup
 }
 
@@ -75,6 +75,9 @@ func Start(p Process, files *Files) *Streams {
 			if err := o.copy(ctx, streams); err != nil && !ended(err) && !errors.Is(err, guest.ErrDead) {
 				log.G(ctx).WithError(err).WithField("container", p.Container).WithField("exec", p.Exec).Warn("output may be incomplete")
 			}
+			if f, ok := sink.(outFIFO); ok {
+				f.settle(ctx, &s.moved)
+			}
 		})
 	}
 	s.wg.Go(func() {
@@ -99,8 +102,8 @@ func (s *Streams) CloseInput() {
 	}
 }
 
-// WaitDrained returns when the last byte of output is with its sink, when nothing
-// moved for idle, or when ctx ends. It reports whether everything was drained.
+// WaitDrained returns when the last byte of output is with its sink, and taken out of
+// it where that is a FIFO, when nothing moved for idle, or when ctx ends. It reports whether everything was drained.
 func (s *Streams) WaitDrained(ctx context.Context, idle time.Duration) bool {
 	s.moved.touch()
 	t := time.NewTicker(drainPoll)

@@ -52,7 +52,7 @@ func (s *Scenario) insideChecks() []Check {
 			return strings.ReplaceAll(strings.TrimSpace(log), "\n", " / "), err
 		}},
 		{"a container's exit code, standard output and standard error arrive, apart", s.checkExit},
-		{"10 MB of output arrive byte for byte", s.checkLargeOutput},
+		{"8 MB of output, written at full speed, arrive byte for byte", s.checkLargeOutput},
 		{"exec returns output and exit code", func(ctx context.Context) (string, error) {
 			out, err := s.app.Exec(ctx, "sh", "-c", "echo to stdout; exit 3")
 			code, err := exitStatus(err)
@@ -113,15 +113,17 @@ func (s *Scenario) checkExit(ctx context.Context) (string, error) {
 	return seen, nil
 }
 
-// The large output: lines that all differ, so that a failure can say where.
+// The large output: numbered lines, so that a failure can say where, written faster
+// than anybody reads, so that every buffer on the way is full when the process ends.
 const (
-	largeFirst = 1_000_000
-	largeLast  = 2_300_000
+	largeFirst  = 1_000_000
+	largeLast   = 1_099_999
+	largeRounds = 10
 )
 
 func (s *Scenario) checkLargeOutput(ctx context.Context) (string, error) {
 	start := time.Now()
-	c, err := s.pod.Run(ctx, "talks", "seq", strconv.Itoa(largeFirst), strconv.Itoa(largeLast))
+	c, err := s.pod.Run(ctx, "talks", "sh", "-c", fmt.Sprintf("seq %d %d > /tmp/f; i=0; while [ $i -lt %d ]; do cat /tmp/f; i=$((i+1)); done", largeFirst, largeLast, largeRounds))
 	if err != nil {
 		return "", err
 	}
@@ -133,15 +135,16 @@ func (s *Scenario) checkLargeOutput(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	next := largeFirst
+	const each = largeLast - largeFirst + 1
+	n := 0
 	for line := range strings.Lines(out) {
-		if want := strconv.Itoa(next) + "\n"; line != want {
-			return "", fmt.Errorf("%d bytes arrived; the first wrong line is %q, want %q", len(out), line, want)
+		if want := strconv.Itoa(largeFirst+n%each) + "\n"; line != want {
+			return "", fmt.Errorf("%d bytes arrived; line %d is %q, want %q", len(out), n, line, want)
 		}
-		next++
+		n++
 	}
-	if next != largeLast+1 {
-		return "", fmt.Errorf("%d bytes arrived: the last %d lines are missing", len(out), largeLast+1-next)
+	if n != each*largeRounds {
+		return "", fmt.Errorf("%d bytes arrived: the last %d lines are missing", len(out), each*largeRounds-n)
 	}
 	return fmt.Sprintf("%d bytes, %v from create to exit", len(out), took.Round(time.Millisecond)), nil
 }
