@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/caa/agentproxy"
 	"github.com/kata-remote/kata-remote/caa/api"
 	"github.com/kata-remote/kata-remote/caa/config"
@@ -122,6 +123,10 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 			return nil
 		}
 		return fmt.Errorf("take over the sandboxes in %s: %w", st.Path(), err)
+	}
+	// What shims could not say while nobody was here.
+	if err := vmnote.Deliver(ctx, d.cfg.Socket, m.Stop); err != nil {
+		d.log.Error("notes left for the adaptor", logkey.Error, err)
 	}
 	l, err := agentproxy.ListenUnix(ctx, d.cfg.Socket)
 	if err != nil {

@@ -25,6 +25,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/hypervisorpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/relay"
+	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/caa/adminpb"
 	"github.com/kata-remote/kata-remote/caa/config"
 	"github.com/kata-remote/kata-remote/caa/podvmtest"
@@ -240,6 +241,22 @@ func TestPodOverARestart(t *testing.T) {
 	}
 	if !strings.Contains(n.log.String(), "X has no effect") {
 		t.Error("the configuration's warnings are not in the log")
+	}
+}
+
+// TestNotes: a stop that a shim could not deliver is found at the start.
+func TestNotes(t *testing.T) {
+	n := newNode(t)
+	stop := n.run()
+	n.up("s1")
+	stop()
+	if err := (vmnote.Note{Sandbox: "s1", Socket: n.cfg.Socket}).Leave(); err != nil {
+		t.Fatal(err)
+	}
+	n.run()
+	until(t, "the instance to go", func() bool { return len(n.world.Instances()) == 0 })
+	if left, _ := filepath.Glob(filepath.Join(n.dir, "stop", "*")); len(left) > 0 {
+		t.Errorf("the note is still there: %v", left)
 	}
 }
 

@@ -36,6 +36,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
+	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/shim/sandbox"
 	"github.com/kata-remote/kata-remote/shim/service"
 	"github.com/kata-remote/kata-remote/shim/shimtest"
@@ -228,6 +229,8 @@ func shimPid(t *testing.T, bundle string) int {
 
 // TestBinary drives the real shim through a pod of two containers, as containerd
 // does with version 2 of the Task API: start for each of them, delete at the end.
+//
+// Long: one life of one shim, where each step finds what the one before it left.
 func TestBinary(t *testing.T) {
 	c := newContainerd(t)
 	pod := shimtest.Bundle(t, shimtest.Spec(c.netns, podAnnotations("sandbox", "pod"), "pause"))
@@ -369,7 +372,7 @@ func TestDeleteAfterCrash(t *testing.T) {
 				}
 				os.Remove(c.adaptor.Socket)
 				c.adaptor.Up()
-				if err := sandbox.DeliverPending(c.ctx, c.adaptor.Socket); err != nil {
+				if err := vmnote.Deliver(c.ctx, c.adaptor.Socket, sandbox.Hypervisor{Socket: c.adaptor.Socket}.StopVM); err != nil {
 					t.Error(err)
 				}
 			}

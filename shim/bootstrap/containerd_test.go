@@ -177,6 +177,8 @@ func (d *daemon) run(ctx context.Context, args ...string) (string, int) {
 
 // TestContainerd runs containers through a real containerd and its client: what the
 // shim answers to start, the events and the clean-up are judged by the other side.
+//
+// Long: one life of one shim, where each step finds what the one before it left.
 func TestContainerd(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()

@@ -63,7 +63,7 @@ func Delete(ctx context.Context, f Flags, stdout, stderr io.Writer) error {
 }
 
 // release gives the pod VM of a sandbox's bundle back and ends what is left of its
-// server. When the adaptor cannot be told, word is left for it (sandbox.Record).
+// server. When the adaptor cannot be told, word is left for it (package vmnote).
 func release(ctx context.Context, bundle string) error {
 	r, err := sandbox.ReadRecord(bundle)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -74,7 +74,7 @@ func release(ctx context.Context, bundle string) error {
 	}
 	rctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 	defer cancel()
-	if err := r.Release(rctx); err != nil {
+	if err := sandbox.Release(rctx, r); err != nil {
 		return err
 	}
 	endServer(ctx, bundle)

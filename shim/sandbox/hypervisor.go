@@ -20,6 +20,9 @@ import (
 // dialTimeout bounds a connect to the adaptor's socket, which is on this node.
 const dialTimeout = 5 * time.Second
 
+// errNotReached: the call was never made, so nothing came of it.
+var errNotReached = errors.New("the adaptor does not answer")
+
 // Hypervisor is the adaptor. Each call dials anew, as kata's does: an adaptor that
 // was restarted between two calls is none of our business.
 type Hypervisor struct {
@@ -32,7 +35,7 @@ func hypervisorCall[Resp any](ctx context.Context, h Hypervisor, name string, f 
 	d := net.Dialer{Timeout: dialTimeout}
 	conn, err := d.DialContext(ctx, "unix", h.Socket)
 	if err != nil {
-		return none, fmt.Errorf("%s: the adaptor does not answer at %s (is cloud-api-adaptor running on this node?): %w: %w", name, h.Socket, err, errdefs.ErrUnavailable)
+		return none, fmt.Errorf("%s: %w at %s (is cloud-api-adaptor running on this node?): %w: %w", name, errNotReached, h.Socket, err, errdefs.ErrUnavailable)
 	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()

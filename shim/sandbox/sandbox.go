@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +31,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/shim/config"
 	"github.com/kata-remote/kata-remote/shim/guest"
 	"github.com/kata-remote/kata-remote/shim/spec"
@@ -72,7 +74,7 @@ type Sandbox struct {
 
 	mu       sync.Mutex // guards the fields below; never held over a call
 	state    State
-	record   Record
+	record   vmnote.Note
 	conn     *guest.Conn
 	features extension.Set
 	seccomp  bool
@@ -131,14 +133,14 @@ func (s *Sandbox) Start(ctx context.Context, spc *specs.Spec, role spec.Role, cf
 	if err != nil {
 		return err
 	}
-	record := Record{Version: recordVersion, Sandbox: s.cfg.ID, Socket: cfg.Socket}
+	record := vmnote.Note{Sandbox: s.cfg.ID, Socket: cfg.Socket}
 	if err := s.move(eventStart); err != nil {
 		return err
 	}
 	s.mu.Lock()
 	s.record = record
 	s.mu.Unlock()
-	if err := record.Write(s.cfg.Bundle); err != nil {
+	if err := record.Write(filepath.Join(s.cfg.Bundle, RecordName)); err != nil {
 		s.move(eventStop)
 		close(s.released)
 		return fmt.Errorf("record the sandbox: %w", err)
@@ -150,6 +152,13 @@ func (s *Sandbox) Start(ctx context.Context, spc *specs.Spec, role spec.Role, cf
 	}()
 	h := Hypervisor{cfg.Socket}
 	socket, err := h.createVM(ctx, s.cfg.ID, netns, annotations)
+	if errors.Is(err, errNotReached) {
+		// Nobody was asked: there is nothing to give back, and no word to leave.
+		s.mu.Lock()
+		s.record = vmnote.Note{}
+		s.mu.Unlock()
+		return errors.Join(err, os.Remove(filepath.Join(s.cfg.Bundle, RecordName)))
+	}
 	if err != nil {
 		return err
 	}
@@ -204,7 +213,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 		}
 	})
 	s.wg.Go(func() {
-		if err := DeliverPending(s.run, h.Socket); err != nil && s.run.Err() == nil {
+		if err := vmnote.Deliver(s.run, h.Socket, h.StopVM); err != nil && s.run.Err() == nil {
 			log.G(s.run).WithError(err).Warn("stops left for the adaptor")
 		}
 	})
@@ -265,9 +274,11 @@ func (s *Sandbox) rollback(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, rollbackTimeout)
 	defer cancel()
 	s.disconnect()
-	err := s.record.Release(ctx)
-	close(s.released)
-	return err
+	defer close(s.released)
+	if s.record == (vmnote.Note{}) {
+		return nil
+	}
+	return Release(ctx, s.record)
 }
 
 func (s *Sandbox) disconnect() {
@@ -300,7 +311,7 @@ func (s *Sandbox) Stop() {
 }
 
 // release gives the pod VM back.
-func (s *Sandbox) release(r Record) {
+func (s *Sandbox) release(r vmnote.Note) {
 	wait := stopRetry / 8
 	for attempt := 1; ; attempt++ {
 		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
@@ -311,7 +322,7 @@ func (s *Sandbox) release(r Record) {
 		}
 		log.G(s.run).WithError(err).WithField(logkey.Sandbox, r.Sandbox).Warn("give the pod VM back")
 		if attempt == stopAttempts || s.run.Err() != nil {
-			if err := r.Defer(); err != nil {
+			if err := r.Leave(); err != nil {
 				log.G(s.run).WithError(err).WithField(logkey.Sandbox, r.Sandbox).Error("pod VM may be left behind, remove it by hand")
 			}
 			return

@@ -5,11 +5,7 @@ package sandbox
 import (
 	"bytes"
 	"compress/gzip"
-	"context"
 	"encoding/base64"
-	"errors"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,42 +15,24 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
+	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/shim/spec"
 )
 
-func TestRecord(t *testing.T) {
+// TestRelease: with nobody to tell, word is left, once, whatever the number of
+// attempts, and delivered when somebody answers.
+func TestRelease(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := ReadRecord(dir); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("no record: %v", err)
-	}
-	want := Record{Version: recordVersion, Sandbox: "s", Socket: filepath.Join(dir, "none.sock")}
-	if err := want.Write(dir); err != nil {
-		t.Fatal(err)
-	}
-	if fi, err := os.Stat(filepath.Join(dir, RecordName)); err != nil || fi.Mode().Perm() != 0o600 {
-		t.Errorf("%v, %v", fi, err)
-	}
-	if got, err := ReadRecord(dir); err != nil || got != want {
-		t.Errorf("%+v, %v", got, err)
-	}
-	for _, text := range []string{"", "{", `{"version":2,"sandbox":"s","socket":"x"}`, `{"version":1,"socket":"x"}`} {
-		if err := os.WriteFile(filepath.Join(dir, RecordName), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := ReadRecord(dir); err == nil {
-			t.Errorf("%q was read", text)
-		}
-	}
-	// Nobody answers: word is left, once, whatever the number of attempts.
+	n := vmnote.Note{Sandbox: "s", Socket: filepath.Join(dir, "none.sock")}
 	for range 2 {
-		if err := want.Release(context.Background()); err != nil {
+		if err := Release(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir, "stop", "*")); len(left) != 1 {
 		t.Errorf("word is left in %v", left)
 	}
-	if err := DeliverPending(context.Background(), want.Socket); !errdefs.IsUnavailable(err) {
+	if err := vmnote.Deliver(t.Context(), n.Socket, Hypervisor{n.Socket}.StopVM); !errdefs.IsUnavailable(err) {
 		t.Errorf("delivery without an adaptor: %v", err)
 	}
 }
