@@ -75,6 +75,11 @@ func (p *Provider) kernelArgs() string {
 // firmware, which is used where this file is not (it comes with QEMU's data files).
 const qboot = "/usr/share/qemu/qboot.rom"
 
+// emulatedCPU has all that QEMU emulates but the promise of a fast "rep movsb" (ERMS).
+// A kernel that believes it copies with that instruction, which emulation executes
+// byte by byte: a boot takes 0.2 s of 1.7 s longer (QEMU 7.2, 2026-11-21).
+const emulatedCPU = "max,-erms"
+
 // machineArgs choose machine, accelerator and CPU.
 func machineArgs(machine string, accel Accel) []string {
 	args := []string{"-machine", machine}
@@ -87,7 +92,7 @@ func machineArgs(machine string, accel Accel) []string {
 	if accel == AccelKVM {
 		return append(args, "-accel", "kvm", "-cpu", "host")
 	}
-	return append(args, "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", codeCacheMiB), "-cpu", "max")
+	return append(args, "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", codeCacheMiB), "-cpu", emulatedCPU)
 }
 
 // serialArg is also how a QEMU is found whose PID was never recorded.
