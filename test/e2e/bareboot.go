@@ -47,7 +47,7 @@ func BareBoot(ctx context.Context, bed *testbed.Bed) (took time.Duration, err er
 	stateDir := filepath.Join(bed.Out, "bare")
 	p, err := local.New(local.Config{
 		Kernel: bed.Image.Kernel.Path, Initrd: initrd, StateDir: stateDir,
-		Accel:  local.Accel(accel(bed)),
+		KernelArgs: bed.Image.CommandLine, Accel: local.Accel(accel(bed)),
 		Bridge: "bare0", Subnet: netip.MustParsePrefix("192.168.214.0/24"),
 	})
 	if err != nil {

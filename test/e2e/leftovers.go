@@ -47,6 +47,18 @@ func (s Snapshot) Beyond(before Snapshot) []string {
 	return more
 }
 
+// leftBehind tells what the node has now that it did not have before.
+func leftBehind(before Snapshot) error {
+	now, err := TakeSnapshot()
+	if err != nil {
+		return err
+	}
+	if more := now.Beyond(before); len(more) > 0 {
+		return fmt.Errorf("left behind: %q", more)
+	}
+	return nil
+}
+
 // processes lists every process by its command line. Threads of the kernel have
 // none.
 func processes() ([]string, error) {

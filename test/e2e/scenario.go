@@ -141,17 +141,8 @@ func (s *Scenario) removalChecks() []Check {
 			// Deletion of the instance goes on in the adaptor after the pod is gone.
 			ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 			defer cancel()
-			var now Snapshot
-			err := testbed.Poll(ctx, func(context.Context) (err error) {
-				if now, err = TakeSnapshot(); err != nil {
-					return err
-				}
-				if more := now.Beyond(s.before); len(more) > 0 {
-					return fmt.Errorf("left behind: %q", more)
-				}
-				return nil
-			})
-			return fmt.Sprintf("%d processes, links, mounts and files, as before", len(now)), err
+			err := testbed.Poll(ctx, func(context.Context) error { return leftBehind(s.before) })
+			return fmt.Sprintf("%d processes, links, mounts and files, as before", len(s.before)), err
 		}},
 		{"the runc pod is removed, and containerd and the adaptor end when asked", func(ctx context.Context) (string, error) {
 			if s.plain != nil {

@@ -178,6 +178,7 @@ func (b *Bed) AdaptorConfig() []string {
 		"NODE_NAME=testbed",
 		"LOCAL_KERNEL=" + b.Image.Kernel.Path,
 		"LOCAL_INITRD=" + b.Image.Initrd.Path,
+		"LOCAL_CMDLINE=" + b.Image.CommandLine,
 		"LOG_LEVEL=debug",
 	}, b.AdaptorEnv...)
 }

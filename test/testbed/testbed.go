@@ -76,10 +76,21 @@ func New(bin, podvm, out string) (*Bed, error) {
 			return nil, fmt.Errorf("%s is missing: run make build first", f)
 		}
 	}
-	if err := os.RemoveAll(out); err != nil {
+	if err := errors.Join(os.RemoveAll(out), emptyDir(podLogs)); err != nil {
 		return nil, err
 	}
 	return b, os.MkdirAll(filepath.Join(out, "logs"), 0o755)
+}
+
+// podLogs is where containers' logs go on a node.
+const podLogs = "/var/log/pods"
+
+func emptyDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return err
 }
 
 // Log is the path of a daemon's log.
