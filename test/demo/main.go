@@ -44,7 +44,7 @@ func main() {
 func run(bin, podvm, out, pidFile string, keep bool) int {
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
-	bed, err := testbed.New(abs(bin), abs(podvm), abs(out))
+	bed, err := testbed.New(bin, podvm, out)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		fmt.Println("demo: 0 passed, 1 failed")
@@ -73,14 +73,6 @@ func run(bin, podvm, out, pidFile string, keep bool) int {
 		<-ctx.Done() // until testbed.Stop ends process 1 of these namespaces
 	}
 	return 0
-}
-
-func abs(path string) string {
-	a, err := filepath.Abs(path)
-	if err != nil {
-		return path
-	}
-	return a
 }
 
 // narrator shows the checks as they happen.

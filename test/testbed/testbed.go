@@ -63,6 +63,13 @@ const (
 
 // New prepares the folders. Whatever an earlier run left in out is removed.
 func New(bin, podvm, out string) (*Bed, error) {
+	for _, dir := range []*string{&bin, &podvm, &out} {
+		abs, err := filepath.Abs(*dir)
+		if err != nil {
+			return nil, err
+		}
+		*dir = abs
+	}
 	m, err := image.ReadManifest(podvm)
 	if err != nil {
 		return nil, fmt.Errorf("pod VM image: %w (run make podvm-image first)", err)
