@@ -91,8 +91,8 @@ generate: setup
 
 # The committed code is what the definitions make, and go.mod is tidy.
 verify: generate
-	@if ! git diff --quiet -- agent-protocol caa/adminpb; then \
-		git diff --stat -- agent-protocol caa/adminpb; \
+	@if ! git diff --quiet -- '*.pb.go'; then \
+		git diff --stat -- '*.pb.go'; \
 		echo 'verify: the generated code differs from the definitions: commit what `make generate` made' >&2; exit 1; fi
 	@$(GO) mod tidy -diff >/dev/null || { echo 'verify: go.mod is not tidy: run go mod tidy' >&2; exit 1; }
 
