@@ -16,6 +16,10 @@ const (
 	Rootfs Feature = "peerpod.rootfs.v1"
 	// Streams: PodVM.ReadOutput and PodVM.WriteInput.
 	Streams Feature = "peerpod.streams.v1"
+	// Pause: CreateContainer without OCI.Root.Path, for the pod's sandbox container
+	// alone (annotation.ContainerTypeSandbox under either runtime's key): the agent's
+	// own program runs in place of an image's.
+	Pause Feature = "peerpod.pause.v1"
 )
 
 const (

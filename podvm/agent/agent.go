@@ -21,6 +21,12 @@
 // network namespace at Config.PodNetNS. Pid namespaces are shared where the runtime
 // asks for it. Mount and cgroup namespaces are each container's own.
 //
+// # The sandbox container
+//
+// A pod's sandbox container without a root file system is not libcontainer's: it runs
+// this program's own pause (pauseRunner). What runs a container is behind the
+// interface runner; everything else treats all alike.
+//
 // # Locks
 //
 // Agent.mu guards the maps. Each container has an operation lock, taken with the

@@ -31,8 +31,10 @@ type placement struct {
 // seccomp profile where this build has no seccomp.
 func libConfig(spec *specs.Spec, in placement) (*configs.Config, error) {
 	switch {
-	case spec.Root == nil || !filepath.IsAbs(spec.Root.Path):
-		return nil, fmt.Errorf("the spec's root.path is not an absolute path: %w", errdefs.ErrInvalidArgument)
+	case spec.Root == nil || spec.Root.Path == "":
+		return nil, fmt.Errorf("OCI.Root.Path is empty, and only the pod's sandbox container, as its annotations say, runs without a root file system: %w", errdefs.ErrInvalidArgument)
+	case !filepath.IsAbs(spec.Root.Path):
+		return nil, fmt.Errorf("OCI.Root.Path %q is not an absolute path: %w", spec.Root.Path, errdefs.ErrInvalidArgument)
 	case spec.Process == nil || len(spec.Process.Args) == 0:
 		return nil, fmt.Errorf("the spec's process.args is empty: %w", errdefs.ErrInvalidArgument)
 	case spec.Linux != nil && spec.Linux.Seccomp != nil && !seccomp.Enabled:

@@ -17,8 +17,6 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/opencontainers/cgroups"
-	"github.com/opencontainers/cgroups/manager"
-	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +35,7 @@ type container struct {
 
 	// Set by create, before the state is StateCreated.
 	spec      *specs.Spec
-	lib       *libcontainer.Container
+	runner    runner
 	cgroup    cgroups.Manager
 	sharedPID bool
 	storages  []string // mount points it holds a reference to
@@ -150,49 +148,41 @@ func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequ
 		where.pid = a.sharedPIDNS()
 		c.sharedPID = where.pid != ""
 	}
-	cfg, err := libConfig(c.spec, where)
+	r, init, err := c.newRunner(where)
 	if err != nil {
 		return err
 	}
-	init, err := newProcess(ExecID(c.id), c.spec.Process, true)
-	if err != nil {
+	c.runner = r
+	if err := r.spawn(init, c.spec.Process != nil && c.spec.Process.Terminal); err != nil {
 		return err
 	}
-	c.lib, err = libcontainer.Create(filepath.Join(a.cfg.StateDir, "runtime"), string(c.id), cfg)
-	if err != nil {
-		return err
-	}
-	if err := c.spawn(init, c.spec.Process.Terminal); err != nil {
-		return err
-	}
-	return c.created(init, cfg.Cgroups, ExecID(req.ExecId))
+	return c.created(init, ExecID(req.ExecId))
 }
 
 // created notes what is known once the first process exists.
-func (c *container) created(init *process, cg *cgroups.Cgroup, initExec ExecID) error {
+func (c *container) created(init *process, initExec ExecID) error {
 	fail := func(err error) error {
-		_ = init.lib.Signal(unix.SIGKILL)
-		_, _ = init.lib.Wait()
+		_ = init.handle.Signal(unix.SIGKILL)
+		_, _ = init.handle.Wait()
 		init.close()
 		return err
 	}
-	st, err := c.lib.State()
+	at, err := c.runner.first()
 	if err != nil {
 		return fail(err)
 	}
-	if c.cgroup, err = manager.NewWithPaths(cg, st.CgroupPaths); err != nil {
+	c.cgroup = at.cgroup
+	if err := c.agent.offerPIDNS(at.pid); err != nil {
 		return fail(err)
 	}
-	if err := c.agent.offerPIDNS(st.InitProcessPid); err != nil {
-		return fail(err)
+	if at.oom != nil {
+		if c.forgetOOM, err = c.agent.oom.add(c.id, at.oom, c.cgroup); err != nil {
+			// The container works without; the reason of a death by memory is then missing.
+			c.agent.log.Warn("cannot watch for out-of-memory kills", logkey.Container, c.id, logkey.Error, err)
+		}
 	}
-	if c.forgetOOM, err = c.agent.oom.add(c.id, c.lib, c.cgroup); err != nil {
-		// The container works without; the reason of a death by memory is then missing.
-		c.agent.log.Warn("cannot watch for out-of-memory kills", logkey.Container, c.id, logkey.Error, err)
-	}
-	res := *cg.Resources
 	c.mu.Lock()
-	c.init, c.initExec, c.resources = init, initExec, &res
+	c.init, c.initExec, c.resources = init, initExec, &at.limits
 	c.mu.Unlock()
 	if err := c.to(StateCreated); err != nil {
 		return fail(err)
@@ -201,29 +191,9 @@ func (c *container) created(init *process, cg *cgroups.Cgroup, initExec ExecID) 
 	return nil
 }
 
-// spawn starts a process and attaches its streams. After an error nothing of it is
-// left.
-func (c *container) spawn(p *process, terminal bool) error {
-	s, err := p.openStreams(terminal)
-	if err != nil {
-		return err
-	}
-	if err := c.lib.Start(p.lib); err != nil {
-		s.close(s.child)
-		s.close(s.parent)
-		return err
-	}
-	if err := p.attach(s, c.agent.cfg.StreamBuffer); err != nil {
-		_ = p.lib.Signal(unix.SIGKILL)
-		_, _ = p.lib.Wait()
-		return err
-	}
-	return nil
-}
-
 // await waits for a process to end and publishes its status.
 func (c *container) await(p *process) {
-	st, err := p.lib.Wait()
+	st, err := p.handle.Wait()
 	status := int32(255)
 	if st != nil {
 		status = exitStatus(st)
@@ -271,7 +241,7 @@ func (c *container) start(ctx context.Context) error {
 	if err := c.init.to(ProcessRunning); err != nil {
 		return err
 	}
-	if err := c.lib.Exec(); err != nil {
+	if err := c.runner.begin(); err != nil {
 		return fmt.Errorf("start container %s: %w", c.id, err)
 	}
 	return nil
@@ -293,7 +263,7 @@ func (c *container) exec(ctx context.Context, id ExecID, spec *specs.Process) er
 	if err := c.reserve(p); err != nil {
 		return err
 	}
-	if err := c.spawn(p, spec.Terminal); err != nil {
+	if err := c.runner.spawn(p, spec.Terminal); err != nil {
 		c.mu.Lock()
 		c.execs = slices.DeleteFunc(c.execs, func(e *process) bool { return e == p })
 		c.mu.Unlock()
@@ -351,7 +321,7 @@ func (c *container) killAll() error {
 	c.mu.Unlock()
 	// The first process may have moved to another cgroup; its end is that of its pid
 	// namespace.
-	if err := init.lib.Signal(unix.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, unix.ESRCH) {
+	if err := init.handle.Signal(unix.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill container %s: %w", c.id, err)
 	}
 	return nil
@@ -393,14 +363,14 @@ func (c *container) freeze(ctx context.Context, to ContainerState) error {
 		return err
 	}
 	defer c.unlock()
-	from, do := StateRunning, c.lib.Pause
+	from, how := StateRunning, cgroups.Frozen
 	if to == StateRunning {
-		from, do = StatePaused, c.lib.Resume
+		from, how = StatePaused, cgroups.Thawed
 	}
 	if _, err := c.in(from); err != nil {
 		return err
 	}
-	if err := do(); err != nil {
+	if err := c.cgroup.Freeze(how); err != nil {
 		return fmt.Errorf("make container %s %s: %w", c.id, to, err)
 	}
 	return c.to(to)
@@ -450,8 +420,8 @@ func (c *container) release(ctx context.Context) error {
 	if c.forgetOOM != nil {
 		c.forgetOOM()
 	}
-	if c.lib != nil {
-		if err := c.lib.Destroy(); err != nil {
+	if c.runner != nil {
+		if err := c.runner.destroy(); err != nil {
 			return fmt.Errorf("remove container %s: %w", c.id, err)
 		}
 	}

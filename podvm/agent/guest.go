@@ -43,7 +43,7 @@ func (s *service) GetGuestDetails(context.Context, *agentpb.GuestDetailsRequest)
 		Version:         s.a.cfg.Version,
 		InitDaemon:      os.Getpid() == 1,
 		SupportsSeccomp: seccomp.Enabled,
-		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams)},
+		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause)},
 	}
 	for _, driver := range storageDrivers {
 		d.StorageHandlers = append(d.StorageHandlers, driver.name)

@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
-	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,6 +31,12 @@ type oomWatch struct {
 	closed  bool                       // guarded by mu
 }
 
+// oomNotifier tells of kills in a cgroup v1: something comes with each, and the
+// channel is closed when the cgroup is removed.
+type oomNotifier interface {
+	NotifyOOM() (<-chan struct{}, error)
+}
+
 // oomSource is one container's counter.
 type oomSource struct {
 	cgroup cgroups.Manager
@@ -44,7 +49,7 @@ func newOOMWatch() *oomWatch {
 }
 
 // add watches a container until forget is called.
-func (w *oomWatch) add(id ContainerID, lib *libcontainer.Container, cg cgroups.Manager) (forget func(), err error) {
+func (w *oomWatch) add(id ContainerID, v1 oomNotifier, cg cgroups.Manager) (forget func(), err error) {
 	src := &oomSource{cgroup: cg, wd: -1}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -57,7 +62,7 @@ func (w *oomWatch) add(id ContainerID, lib *libcontainer.Container, cg cgroups.M
 			return nil, fmt.Errorf("watch memory.events: %w", err)
 		}
 	} else {
-		events, err := lib.NotifyOOM()
+		events, err := v1.NotifyOOM()
 		if err != nil {
 			return nil, err
 		}

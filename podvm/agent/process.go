@@ -25,9 +25,10 @@ type ExecID string
 // process is one process of a container: the first, or one added by ExecProcess.
 type process struct {
 	id  ExecID
-	lib *libcontainer.Process
+	lib *libcontainer.Process // what libcontainer starts; every process's streams
 
-	// Set before the process is published; nil where there is none.
+	// Set by the runner before the process is published; nil where there is none.
+	handle         handle
 	stdin          *stream.Input
 	stdout, stderr *stream.Output // a terminal has stdout only
 	terminal       *os.File       // master; its owner is stdout
@@ -97,7 +98,7 @@ func (p *process) signal(sig unix.Signal) error {
 		}
 		return nil
 	}
-	err := p.lib.Signal(sig)
+	err := p.handle.Signal(sig)
 	switch {
 	case err == nil, errors.Is(err, os.ErrProcessDone), errors.Is(err, unix.ESRCH):
 		return nil

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -361,9 +362,12 @@ func (c *container) terminationMessage() (string, error) {
 		err error
 	)
 	i := slices.IndexFunc(c.spec.Mounts, func(m specs.Mount) bool { return filepath.Clean(m.Destination) == filepath.Clean(path) })
-	if i >= 0 {
+	switch {
+	case isBuiltIn(c.spec):
+		err = errors.New("it has no files")
+	case i >= 0:
 		f, err = os.OpenFile(c.spec.Mounts[i].Source, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	} else {
+	default:
 		// The container wrote the path itself and may have put anything there.
 		f, err = os.OpenInRoot(c.spec.Root.Path, strings.TrimPrefix(filepath.Clean(path), "/"))
 	}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"golang.org/x/sys/unix"
+)
+
+// runner makes the processes of one container exist: libcontainer, or for a sandbox
+// container without an image pauseRunner. Its methods are called with the operation
+// lock held.
+type runner interface {
+	// spawn starts a process and attaches its streams. The container's first one
+	// waits for begin. After an error nothing of the process is left.
+	spawn(p *process, terminal bool) error
+	// first tells where the first process is, once it was spawned.
+	first() (residence, error)
+	// begin lets the first process become the user's command.
+	begin() error
+	// destroy removes what the runner made. No process is left in it.
+	destroy() error
+}
+
+// residence is where a container's first process lives.
+type residence struct {
+	pid    int // in the agent's pid namespace
+	cgroup cgroups.Manager
+	limits cgroups.Resources
+	// oom is what the OOM watch needs beside the cgroup. Nil: there is nothing to
+	// watch for.
+	oom oomNotifier
+}
+
+// handle is a process that was started; both libcontainer and os have it.
+type handle interface {
+	Signal(os.Signal) error
+	Wait() (*os.ProcessState, error)
+}
+
+// newRunner chooses what runs a container, and describes its first process.
+func (c *container) newRunner(in placement) (runner, *process, error) {
+	if isBuiltIn(c.spec) {
+		return newPauseRunner(c, in)
+	}
+	cfg, err := libConfig(c.spec, in)
+	if err != nil {
+		return nil, nil, err
+	}
+	init, err := newProcess(ExecID(c.id), c.spec.Process, true)
+	if err != nil {
+		return nil, nil, err
+	}
+	lib, err := libcontainer.Create(filepath.Join(c.agent.cfg.StateDir, "runtime"), string(c.id), cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &libRunner{lib: lib, cfg: cfg, buffer: c.agent.cfg.StreamBuffer}, init, nil
+}
+
+// libRunner runs a container with libcontainer.
+type libRunner struct {
+	lib    *libcontainer.Container
+	cfg    *configs.Config
+	buffer int // bytes kept per stream
+}
+
+func (r *libRunner) spawn(p *process, terminal bool) error {
+	s, err := p.openStreams(terminal)
+	if err != nil {
+		return err
+	}
+	if err := r.lib.Start(p.lib); err != nil {
+		s.close(s.child)
+		s.close(s.parent)
+		return err
+	}
+	p.handle = p.lib
+	if err := p.attach(s, r.buffer); err != nil {
+		_ = p.handle.Signal(unix.SIGKILL)
+		_, _ = p.handle.Wait()
+		return err
+	}
+	return nil
+}
+
+func (r *libRunner) first() (residence, error) {
+	st, err := r.lib.State()
+	if err != nil {
+		return residence{}, err
+	}
+	cg, err := manager.NewWithPaths(r.cfg.Cgroups, st.CgroupPaths)
+	if err != nil {
+		return residence{}, fmt.Errorf("find the cgroup: %w", err)
+	}
+	return residence{pid: st.InitProcessPid, cgroup: cg, limits: *r.cfg.Cgroups.Resources, oom: r.lib}, nil
+}
+
+func (r *libRunner) begin() error { return r.lib.Exec() }
+
+func (r *libRunner) destroy() error { return r.lib.Destroy() }
