@@ -39,6 +39,7 @@ import (
 	"github.com/kata-remote/kata-remote/shim/guest"
 	"github.com/kata-remote/kata-remote/shim/process"
 	"github.com/kata-remote/kata-remote/shim/spec"
+	"github.com/kata-remote/kata-remote/shim/state"
 	"github.com/kata-remote/kata-remote/shim/stdio"
 )
 
@@ -127,10 +128,10 @@ func (c *Container) State() State {
 	return c.state
 }
 
-func (c *Container) move(on event) error {
+func (c *Container) move(on state.Event) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s, err := c.state.next(on)
+	s, err := life.Next(c.state, on)
 	if err != nil {
 		return err
 	}
@@ -139,10 +140,10 @@ func (c *Container) move(on event) error {
 }
 
 // can tells whether an event would be in order.
-func (c *Container) can(on event) error {
+func (c *Container) can(on state.Event) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, err := c.state.next(on)
+	_, err := life.Next(c.state, on)
 	return err
 }
 

@@ -3,10 +3,9 @@
 package container
 
 import (
-	"fmt"
-
 	"github.com/containerd/containerd/api/types/task"
-	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/shim/state"
 )
 
 // State is where a container is in its life.
@@ -35,38 +34,22 @@ func (s State) status() task.Status {
 	return [...]task.Status{task.Status_CREATED, task.Status_RUNNING, task.Status_PAUSED, task.Status_STOPPED, task.Status_STOPPED}[s]
 }
 
-type event string
-
 const (
-	eventStart  event = "start"
-	eventPause  event = "pause"
-	eventResume event = "resume"
-	eventExit   event = "exit"
-	eventDelete event = "delete"
+	eventStart  state.Event = "start"
+	eventPause  state.Event = "pause"
+	eventResume state.Event = "resume"
+	eventExit   state.Event = "exit"
+	eventDelete state.Event = "delete"
 )
 
-// transitions is the drawing in the package comment, as data.
-var transitions = []struct {
-	from State
-	on   event
-	to   State
-}{
-	{StateCreated, eventStart, StateRunning},
-	{StateCreated, eventExit, StateStopped},
-	{StateCreated, eventDelete, StateDeleted},
-	{StateRunning, eventPause, StatePaused},
-	{StateRunning, eventExit, StateStopped},
-	{StatePaused, eventResume, StateRunning},
-	{StatePaused, eventExit, StateStopped},
-	{StateStopped, eventDelete, StateDeleted},
-}
-
-// next is the state after an event, or FailedPrecondition.
-func (s State) next(on event) (State, error) {
-	for _, t := range transitions {
-		if t.from == s && t.on == on {
-			return t.to, nil
-		}
-	}
-	return s, fmt.Errorf("container is %s, cannot %s it: %w", s, on, errdefs.ErrFailedPrecondition)
-}
+// life is the drawing in the package comment, as data.
+var life = state.Table[State]{What: "container", Rows: []state.Row[State]{
+	{From: StateCreated, On: eventStart, To: StateRunning},
+	{From: StateCreated, On: eventExit, To: StateStopped},
+	{From: StateCreated, On: eventDelete, To: StateDeleted},
+	{From: StateRunning, On: eventPause, To: StatePaused},
+	{From: StateRunning, On: eventExit, To: StateStopped},
+	{From: StatePaused, On: eventResume, To: StateRunning},
+	{From: StatePaused, On: eventExit, To: StateStopped},
+	{From: StateStopped, On: eventDelete, To: StateDeleted},
+}}

@@ -29,6 +29,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/shim/guest"
+	"github.com/kata-remote/kata-remote/shim/state"
 	"github.com/kata-remote/kata-remote/shim/stdio"
 )
 
@@ -129,14 +130,14 @@ func (p *Process) Wait(ctx context.Context) (Exit, error) {
 	}
 }
 
-func (p *Process) move(on event) error {
+func (p *Process) move(on state.Event) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.moveLocked(on)
 }
 
-func (p *Process) moveLocked(on event) error {
-	s, err := p.state.next(on)
+func (p *Process) moveLocked(on state.Event) error {
+	s, err := life.Next(p.state, on)
 	if err != nil {
 		return err
 	}

@@ -2,11 +2,7 @@
 
 package process
 
-import (
-	"fmt"
-
-	"github.com/containerd/errdefs"
-)
+import "github.com/kata-remote/kata-remote/shim/state"
 
 // State is where a process is in its life.
 type State int
@@ -31,36 +27,20 @@ var stateNames = [...]string{"created", "starting", "running", "exited", "delete
 // String is the name that errors and the package comment use.
 func (s State) String() string { return stateNames[s] }
 
-type event string
-
 const (
-	eventStart   event = "start"
-	eventStarted event = "started"
-	eventExit    event = "exit"
-	eventDelete  event = "delete"
+	eventStart   state.Event = "start"
+	eventStarted state.Event = "started"
+	eventExit    state.Event = "exit"
+	eventDelete  state.Event = "delete"
 )
 
-// transitions is the drawing in the package comment, as data.
-var transitions = []struct {
-	from State
-	on   event
-	to   State
-}{
-	{StateCreated, eventStart, StateStarting},
-	{StateCreated, eventExit, StateExited}, // killed before it was started
-	{StateCreated, eventDelete, StateDeleted},
-	{StateStarting, eventStarted, StateRunning},
-	{StateStarting, eventExit, StateExited}, // could not be started
-	{StateRunning, eventExit, StateExited},
-	{StateExited, eventDelete, StateDeleted},
-}
-
-// next is the state after an event, or FailedPrecondition.
-func (s State) next(on event) (State, error) {
-	for _, t := range transitions {
-		if t.from == s && t.on == on {
-			return t.to, nil
-		}
-	}
-	return s, fmt.Errorf("process is %s, cannot %s it: %w", s, on, errdefs.ErrFailedPrecondition)
-}
+// life is the drawing in the package comment, as data.
+var life = state.Table[State]{What: "process", Rows: []state.Row[State]{
+	{From: StateCreated, On: eventStart, To: StateStarting},
+	{From: StateCreated, On: eventExit, To: StateExited}, // killed before it was started
+	{From: StateCreated, On: eventDelete, To: StateDeleted},
+	{From: StateStarting, On: eventStarted, To: StateRunning},
+	{From: StateStarting, On: eventExit, To: StateExited}, // could not be started
+	{From: StateRunning, On: eventExit, To: StateExited},
+	{From: StateExited, On: eventDelete, To: StateDeleted},
+}}

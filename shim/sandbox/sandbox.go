@@ -35,6 +35,7 @@ import (
 	"github.com/kata-remote/kata-remote/shim/config"
 	"github.com/kata-remote/kata-remote/shim/guest"
 	"github.com/kata-remote/kata-remote/shim/spec"
+	"github.com/kata-remote/kata-remote/shim/state"
 	"github.com/kata-remote/kata-remote/shim/volume"
 )
 
@@ -108,10 +109,10 @@ func (s *Sandbox) Guest() (Guest, error) {
 // ID is the sandbox's id.
 func (s *Sandbox) ID() string { return s.cfg.ID }
 
-func (s *Sandbox) move(on event) error {
+func (s *Sandbox) move(on state.Event) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	next, err := s.state.next(on)
+	next, err := life.Next(s.state, on)
 	if err != nil {
 		return err
 	}

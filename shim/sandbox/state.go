@@ -2,11 +2,7 @@
 
 package sandbox
 
-import (
-	"fmt"
-
-	"github.com/containerd/errdefs"
-)
+import "github.com/kata-remote/kata-remote/shim/state"
 
 // State is where the pod's sandbox is in its life.
 type State int
@@ -28,32 +24,16 @@ var stateNames = [...]string{"new", "starting", "ready", "stopped"}
 // String is the name that errors and the package comment use.
 func (s State) String() string { return stateNames[s] }
 
-type event string
-
 const (
-	eventStart event = "start"
-	eventReady event = "ready"
-	eventStop  event = "stop"
+	eventStart state.Event = "start"
+	eventReady state.Event = "ready"
+	eventStop  state.Event = "stop"
 )
 
-// transitions is the drawing in the package comment, as data.
-var transitions = []struct {
-	from State
-	on   event
-	to   State
-}{
-	{StateNew, eventStart, StateStarting},
-	{StateStarting, eventReady, StateReady},
-	{StateStarting, eventStop, StateStopped},
-	{StateReady, eventStop, StateStopped},
-}
-
-// next is the state after an event, or FailedPrecondition.
-func (s State) next(on event) (State, error) {
-	for _, t := range transitions {
-		if t.from == s && t.on == on {
-			return t.to, nil
-		}
-	}
-	return s, fmt.Errorf("sandbox is %s, cannot %s it: %w", s, on, errdefs.ErrFailedPrecondition)
-}
+// life is the drawing in the package comment, as data.
+var life = state.Table[State]{What: "sandbox", Rows: []state.Row[State]{
+	{From: StateNew, On: eventStart, To: StateStarting},
+	{From: StateStarting, On: eventReady, To: StateReady},
+	{From: StateStarting, On: eventStop, To: StateStopped},
+	{From: StateReady, On: eventStop, To: StateStopped},
+}}
