@@ -4,9 +4,11 @@
 // guest share no file system, so there are several ways, behind Source:
 //
 //   - FromNode mounts what containerd's snapshotter hands out and streams it.
+//   - AgentsOwn brings nothing: the agent has a program of its own for the pod's
+//     sandbox container.
 //   - Pull by the guest has the same interface: what it needs is in the mounts.
 //
-// Choose picks the way by the mounts of the request.
+// Choose picks the way by the request and by what the agent can do.
 package rootfs
 
 import (
@@ -31,6 +33,8 @@ type Request struct {
 	// Root is the spec's root.path, absolute or relative to Bundle.
 	Root   string
 	Mounts []*types.Mount
+	// Sandbox: it is the pod's sandbox container.
+	Sandbox bool
 }
 
 // Result says where the guest has it.
@@ -39,6 +43,9 @@ type Result struct {
 	Path string
 	// Storages the agent is to prepare in CreateContainer.
 	Storages []*agentpb.Storage
+	// Own: the agent runs its own program, which sees no files: neither Path nor the
+	// spec's mounts are of use to it.
+	Own bool
 }
 
 // Source is one way to bring a root file system into the guest. A failed Prepare
@@ -51,8 +58,19 @@ type Source interface {
 // guest is to pull the image (kata.md §5.1).
 const virtualVolume = "io.katacontainers.volume="
 
-// Choose returns the way that the request's mounts ask for.
+// AgentsOwn is the agent's own pause program. It is what the guest runs in the place
+// of the pod's sandbox container, which does nothing but exist: sending an image
+// for it would cost every pod's start the time of a container.
+type AgentsOwn struct{}
+
+// Prepare implements Source.
+func (AgentsOwn) Prepare(context.Context, Request) (Result, error) { return Result{Own: true}, nil }
+
+// Choose returns the way that the request asks for.
 func Choose(conn *guest.Conn, features extension.Set, r Request) (Source, error) {
+	if r.Sandbox && features.Has(extension.Pause) {
+		return AgentsOwn{}, nil
+	}
 	for _, m := range r.Mounts {
 		for _, o := range m.Options {
 			if strings.HasPrefix(o, virtualVolume) {

@@ -202,6 +202,17 @@ func TestRefused(t *testing.T) {
 	if _, err := Choose(c, extension.Set{string(extension.Rootfs)}, pull); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "KataVirtualVolume") {
 		t.Errorf("guest pull: %v", err)
 	}
+	both := extension.Set{string(extension.Rootfs), string(extension.Pause)}
+	for _, tc := range []struct {
+		sandbox  bool
+		features extension.Set
+		own      bool
+	}{{true, both, true}, {false, both, false}, {true, both[:1], false}} {
+		source, err := Choose(c, tc.features, Request{Sandbox: tc.sandbox})
+		if _, own := source.(AgentsOwn); err != nil || own != tc.own {
+			t.Errorf("sandbox container %v, features %v: %T, %v", tc.sandbox, tc.features, source, err)
+		}
+	}
 	if _, err := Choose(c, nil, Request{}); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), string(extension.Rootfs)) {
 		t.Errorf("stock agent: %v", err)
 	}

@@ -45,7 +45,11 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 	if err != nil {
 		return nil, err
 	}
-	rr := rootfs.Request{Container: r.ID, Bundle: r.Bundle, Mounts: r.Rootfs}
+	role, _, err := spec.Identity(spc, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	rr := rootfs.Request{Container: r.ID, Bundle: r.Bundle, Mounts: r.Rootfs, Sandbox: role == spec.RoleSandbox}
 	if spc.Root != nil {
 		rr.Root = spc.Root.Path
 	}
@@ -57,7 +61,9 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 	if err != nil {
 		return nil, err
 	}
-	if err := plan.Copy(ctx, g.Conn); err != nil {
+	if root.Own {
+		converted.OCI.Mounts, storages = nil, nil
+	} else if err := plan.Copy(ctx, g.Conn); err != nil {
 		return nil, err
 	}
 	converted.OCI.Root.Path = root.Path
