@@ -27,11 +27,16 @@ const bareMark = "userspace reached"
 // bareSource is that program. It is Go, as podvmd is.
 const bareSource = `package main
 
-import "os"
+import (
+	"os"
+	"syscall"
+)
 
 func main() {
 	os.Stdout.WriteString("` + bareMark + `\n")
-	select {}
+	for {
+		syscall.Pause() // the end of process 1 is a kernel panic
+	}
 }
 `
 
