@@ -5,7 +5,9 @@
 // containers are Go functions. It can be told to fail or to hang at any call.
 //
 // A container's program is chosen by its first argument from Agent.Programs; an
-// unknown one fails at StartContainer (or ExecProcess) as a missing command does.
+// unknown one fails at StartContainer (or ExecProcess) as a missing command does. A
+// pod's sandbox container without a root runs pause, where extension.Pause is among
+// Agent.Features.
 // Package podvm/agent is held to the same behaviour by its own tests on real
 // containers.
 package agenttest
@@ -80,9 +82,10 @@ type File struct {
 }
 
 type container struct {
-	req    *agentpb.CreateContainerRequest
-	procs  map[string]*process // by exec id; "" is the first process
-	paused bool
+	req     *agentpb.CreateContainerRequest
+	builtIn bool                // runs pause
+	procs   map[string]*process // by exec id; "" is the first process
+	paused  bool
 }
 
 func (a *Agent) init() {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -14,6 +15,8 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
+	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 )
 
 // service is the protocol's edge; unimplemented.go has the calls that a remote
@@ -68,15 +71,44 @@ func (s service) CreateContainer(_ context.Context, r *agentpb.CreateContainerRe
 		return nil, errgrpc.ToGRPC(fmt.Errorf("no sandbox: %w", errdefs.ErrFailedPrecondition))
 	case s.containers[r.ContainerId] != nil:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s: %w", r.ContainerId, errdefs.ErrAlreadyExists))
-	case r.OCI == nil || r.OCI.Root == nil:
-		return nil, errgrpc.ToGRPC(fmt.Errorf("OCI.Root is missing: %w", errdefs.ErrInvalidArgument))
+	case r.OCI == nil:
+		return nil, errgrpc.ToGRPC(fmt.Errorf("OCI is missing: %w", errdefs.ErrInvalidArgument))
 	}
-	prog, err := s.program(r.OCI.Process)
+	builtIn := r.OCI.GetRoot().GetPath() == ""
+	proc, prog, err := r.OCI.Process, Program(pause), error(nil)
+	switch {
+	case !builtIn:
+		prog, err = s.program(proc)
+	case slices.Contains(s.Features, extension.Pause) && isSandbox(r.OCI.Annotations):
+		proc = &agentpb.Process{Args: []string{"/pause"}}
+	default:
+		err = fmt.Errorf("OCI.Root.Path is empty: %w", errdefs.ErrInvalidArgument)
+	}
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	s.containers[r.ContainerId] = &container{req: r, procs: map[string]*process{"": newProcess(r.OCI.Process, prog)}}
+	s.containers[r.ContainerId] = &container{req: r, builtIn: builtIn, procs: map[string]*process{"": newProcess(proc, prog)}}
 	return empty, nil
+}
+
+// isSandbox tells whether annotations are those of a pod's sandbox container.
+func isSandbox(annotations map[string]string) bool {
+	return annotations[annotation.ContainerType] == annotation.ContainerTypeSandbox ||
+		annotations[annotation.CRIOContainerType] == annotation.ContainerTypeSandbox
+}
+
+// pause is the program of a sandbox container without an image (extension.Pause).
+func pause(ctx context.Context, p *Proc) int {
+	for {
+		select {
+		case sig := <-p.Signals:
+			if sig == syscall.SIGTERM || sig == syscall.SIGINT {
+				return 0
+			}
+		case <-ctx.Done():
+			return 128 + int(syscall.SIGKILL)
+		}
+	}
 }
 
 func (s service) StartContainer(_ context.Context, r *agentpb.StartContainerRequest) (*emptypb.Empty, error) {
@@ -103,20 +135,22 @@ func (s service) RemoveContainer(_ context.Context, r *agentpb.RemoveContainerRe
 }
 
 func (s service) ExecProcess(_ context.Context, r *agentpb.ExecProcessRequest) (*emptypb.Empty, error) {
-	prog, err := s.program(r.Process)
-	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := s.containers[r.ContainerId]
 	switch {
 	case c == nil:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("invalid container id %q: %w", r.ContainerId, errdefs.ErrInvalidArgument))
+	case c.builtIn:
+		return nil, errgrpc.ToGRPC(fmt.Errorf("container %s runs the agent's own pause program and has no command to run: %w", r.ContainerId, errdefs.ErrFailedPrecondition))
 	case r.ExecId == "":
 		return nil, errgrpc.ToGRPC(fmt.Errorf("exec_id is missing: %w", errdefs.ErrInvalidArgument))
 	case c.procs[r.ExecId] != nil:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("exec %s: %w", r.ExecId, errdefs.ErrAlreadyExists))
+	}
+	prog, err := s.program(r.Process)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
 	}
 	p := newProcess(r.Process, prog)
 	c.procs[r.ExecId] = p
