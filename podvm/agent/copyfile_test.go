@@ -15,72 +15,87 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestCopyFile(t *testing.T) {
-	g := newGuest(t)
-	dir := g.agent.files.dir
-	copyFile := func(req *agentpb.CopyFileRequest) error {
-		_, err := g.CopyFile(g.ctx(), req)
-		return err
-	}
-	file := func(name, data string, mode uint32) {
-		t.Helper()
-		if err := copyFile(&agentpb.CopyFileRequest{Path: filepath.Join(dir, name), FileSize: int64(len(data)), FileMode: mode, DirMode: unix.S_IFDIR | 0o750, Uid: 12, Gid: 34, Data: []byte(data)}); err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
-	}
-	check := func(name, want string, mode uint32) {
-		t.Helper()
-		b, err := os.ReadFile(filepath.Join(dir, name))
-		var st unix.Stat_t
-		if err := unix.Stat(filepath.Join(dir, name), &st); err != nil {
-			t.Fatal(err)
-		}
-		if err != nil || string(b) != want || st.Mode != mode || st.Uid != 12 || st.Gid != 34 {
-			t.Errorf("%s: %q, mode %o, %d:%d, %v", name, b, st.Mode, st.Uid, st.Gid, err)
-		}
-	}
-	file("vol/..1/tls.crt", "certificate", unix.S_IFREG|0o640)
-	file("vol/..1/tls.key", "key", unix.S_IFREG|0o4600)
-	file("vol/empty", "", unix.S_IFREG|0o644)
-	check("vol/..1/tls.crt", "certificate", unix.S_IFREG|0o640)
-	check("vol/..1/tls.key", "key", unix.S_IFREG|0o4600)
-	check("vol/empty", "", unix.S_IFREG|0o644)
-	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(dir, "vol/..1"), &st); err != nil || st.Mode != unix.S_IFDIR|0o750 || st.Uid != 12 {
-		t.Errorf("the parent: mode %o, owner %d, %v", st.Mode, st.Uid, err)
-	}
+// copied is a guest that files are copied to, always as user 12 and group 34.
+type copied struct {
+	*guest
+	dir string
+}
 
-	// A link is swapped, a file and a link stand where the other was.
+func newCopied(t *testing.T) copied {
+	g := newGuest(t)
+	return copied{g, g.agent.files.dir}
+}
+
+func (c copied) send(req *agentpb.CopyFileRequest) {
+	c.t.Helper()
+	must[any](c.t)(c.CopyFile(c.ctx(), req))
+}
+
+func (c copied) file(name, data string, mode uint32) {
+	c.t.Helper()
+	c.send(&agentpb.CopyFileRequest{Path: filepath.Join(c.dir, name), FileSize: int64(len(data)), FileMode: mode, DirMode: unix.S_IFDIR | 0o750, Uid: 12, Gid: 34, Data: []byte(data)})
+}
+
+func (c copied) stat(name string) (st unix.Stat_t) {
+	c.t.Helper()
+	if err := unix.Stat(filepath.Join(c.dir, name), &st); err != nil {
+		c.t.Fatal(err)
+	}
+	return st
+}
+
+func (c copied) check(name, want string, mode uint32) {
+	c.t.Helper()
+	b, err := os.ReadFile(filepath.Join(c.dir, name))
+	st := c.stat(name)
+	if err != nil || string(b) != want || st.Mode != mode || st.Uid != 12 || st.Gid != 34 {
+		c.t.Errorf("%s: %q, mode %o, %d:%d, %v", name, b, st.Mode, st.Uid, st.Gid, err)
+	}
+}
+
+func TestCopyFile(t *testing.T) {
+	c := newCopied(t)
+	c.file("vol/..1/tls.crt", "certificate", unix.S_IFREG|0o640)
+	c.file("vol/..1/tls.key", "key", unix.S_IFREG|0o4600)
+	c.file("vol/empty", "", unix.S_IFREG|0o644)
+	c.check("vol/..1/tls.crt", "certificate", unix.S_IFREG|0o640)
+	c.check("vol/..1/tls.key", "key", unix.S_IFREG|0o4600)
+	c.check("vol/empty", "", unix.S_IFREG|0o644)
+	if st := c.stat("vol/..1"); st.Mode != unix.S_IFDIR|0o750 || st.Uid != 12 {
+		t.Errorf("the parent: mode %o, owner %d", st.Mode, st.Uid)
+	}
+}
+
+// A link is swapped, a file and a link stand where the other was, and a directory is
+// kept with its content while it gets mode and owner.
+func TestCopyFileReplaces(t *testing.T) {
+	c := newCopied(t)
 	for _, target := range []string{"..1", "..2"} {
-		if err := copyFile(&agentpb.CopyFileRequest{Path: dir + "/vol/..data", FileMode: unix.S_IFLNK | 0o777, Data: []byte(target), Uid: 12, Gid: 34}); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := os.Readlink(dir + "/vol/..data"); err != nil || got != target {
+		c.send(&agentpb.CopyFileRequest{Path: c.dir + "/vol/..data", FileMode: unix.S_IFLNK | 0o777, Data: []byte(target), Uid: 12, Gid: 34})
+		if got, err := os.Readlink(c.dir + "/vol/..data"); err != nil || got != target {
 			t.Errorf("link to %q, %v", got, err)
 		}
 	}
-	file("vol/..data", "now a file", unix.S_IFREG|0o644)
-	check("vol/..data", "now a file", unix.S_IFREG|0o644)
-
-	// A directory is kept with its content, and gets mode and owner.
-	if err := copyFile(&agentpb.CopyFileRequest{Path: dir + "/vol", FileMode: unix.S_IFDIR | 0o3775, Uid: 5, Gid: 6}); err != nil {
-		t.Fatal(err)
+	c.file("vol/..data", "now a file", unix.S_IFREG|0o644)
+	c.check("vol/..data", "now a file", unix.S_IFREG|0o644)
+	c.send(&agentpb.CopyFileRequest{Path: c.dir + "/vol", FileMode: unix.S_IFDIR | 0o3775, Uid: 5, Gid: 6})
+	if st := c.stat("vol"); st.Mode != unix.S_IFDIR|0o3775 || st.Uid != 5 || st.Gid != 6 {
+		t.Errorf("the directory: mode %o, %d:%d", st.Mode, st.Uid, st.Gid)
 	}
-	if err := unix.Stat(dir+"/vol", &st); err != nil || st.Mode != unix.S_IFDIR|0o3775 || st.Uid != 5 || st.Gid != 6 {
-		t.Errorf("the directory: mode %o, %d:%d, %v", st.Mode, st.Uid, st.Gid, err)
-	}
-	check("vol/..data", "now a file", unix.S_IFREG|0o644)
+	c.check("vol/..data", "now a file", unix.S_IFREG|0o644)
+}
 
-	// In parts, one of them twice; the old content stands until the last part came.
+// In parts, one of them twice; the old content stands until the last part came.
+func TestCopyFileInParts(t *testing.T) {
+	c := newCopied(t)
+	c.file("vol/..data", "now a file", unix.S_IFREG|0o644)
 	parts := bytes.Repeat([]byte("0123456789"), 1000)
 	for _, at := range []int{0, 4000, 4000, 8000} {
-		check("vol/..data", "now a file", unix.S_IFREG|0o644)
+		c.check("vol/..data", "now a file", unix.S_IFREG|0o644)
 		end := min(at+4000, len(parts))
-		if err := copyFile(&agentpb.CopyFileRequest{Path: dir + "/vol/..data", FileSize: int64(len(parts)), FileMode: unix.S_IFREG | 0o600, Uid: 12, Gid: 34, Offset: int64(at), Data: parts[at:end]}); err != nil {
-			t.Fatal(err)
-		}
+		c.send(&agentpb.CopyFileRequest{Path: c.dir + "/vol/..data", FileSize: int64(len(parts)), FileMode: unix.S_IFREG | 0o600, Uid: 12, Gid: 34, Offset: int64(at), Data: parts[at:end]})
 	}
-	check("vol/..data", string(parts), unix.S_IFREG|0o600)
+	c.check("vol/..data", string(parts), unix.S_IFREG|0o600)
 }
 
 // Many at a time do not meet.

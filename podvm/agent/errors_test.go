@@ -43,7 +43,9 @@ func TestToGRPC(t *testing.T) {
 	}
 }
 
-// The codes that runtimes rely on (kata.md §3.5, §9 item 9): one long table.
+// The codes that runtimes rely on (kata.md §3.5, §9 item 9).
+//
+// Long: one table, a call and its code in each row.
 func TestCodes(t *testing.T) {
 	g := newGuest(t)
 	ctx := g.ctx()

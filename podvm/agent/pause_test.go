@@ -174,7 +174,8 @@ func TestPauseFreezesAndIsMeasured(t *testing.T) {
 
 // It can do nothing and reach nothing.
 func TestPauseHasNothing(t *testing.T) {
-	g := newGuest(t)
+	podns := podNetNS(t)
+	g := newGuest(t, func(c *Config) { c.PodNetNS = podns })
 	g.sandbox()
 	dir := "/proc/" + strconv.Itoa(g.pause("pause")) + "/"
 	read := func(name string) string { return string(must[[]byte](t)(os.ReadFile(dir + name))) }
@@ -217,9 +218,10 @@ func TestPauseHasNothing(t *testing.T) {
 		}
 		return st.Ino
 	}
-	for _, ns := range []string{"ipc", "uts"} {
-		if ino(dir+"ns/"+ns) != ino(filepath.Join(g.agent.cfg.StateDir, "sandbox/ns", ns)) {
-			t.Errorf("its %s namespace is not the sandbox's", ns)
+	shared := filepath.Join(g.agent.cfg.StateDir, "sandbox/ns")
+	for ns, pods := range map[string]string{"ipc": shared + "/ipc", "uts": shared + "/uts", "net": podns} {
+		if ino(dir+"ns/"+ns) != ino(pods) {
+			t.Errorf("its %s namespace is not the pod's", ns)
 		}
 	}
 	for _, ns := range []string{"pid", "mnt"} {

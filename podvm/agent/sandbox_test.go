@@ -72,8 +72,9 @@ func TestNamespaces(t *testing.T) {
 	}
 }
 
-func TestPodNetwork(t *testing.T) {
-	// A namespace of our own, with a link in it, bound to a file.
+// podNetNS makes a network namespace with a link in it, bound to a file.
+func podNetNS(t *testing.T) string {
+	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "podns")
 	made := make(chan error, 1)
@@ -114,7 +115,11 @@ func TestPodNetwork(t *testing.T) {
 	if err := errors.Join(h.LinkAdd(link), h.AddrAdd(link, addr), h.LinkSetUp(link)); err != nil {
 		t.Fatal(err)
 	}
+	return path
+}
 
+func TestPodNetwork(t *testing.T) {
+	path := podNetNS(t)
 	g := newGuest(t, func(c *Config) { c.PodNetNS = path })
 	g.sandbox()
 	g.run("main", "ls /proc/sys/net/ipv4/conf; sleep 1000")
