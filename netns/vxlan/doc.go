@@ -21,10 +21,15 @@
 // # Who may send
 //
 // VXLAN has no authentication, and a VXLAN socket takes any VNI of its port from
-// anybody. The nftables table "inet peerpod_vxlan" in the namespace of the socket
-// drops every packet to the port unless its source address belongs to its VNI.
+// anybody. On the node the nftables table "inet peerpod_vxlan" in the namespace of the
+// socket drops every packet to the port unless its source address belongs to its VNI.
 // Elements come and go with the tunnels; the table goes with the last one. Somebody's
 // "nft flush ruleset" opens the port until the next Ensure.
+//
+// The guest has one tunnel, and its device is the only one of the port, so that the
+// VNI needs no rule. Two IPsec policies in the namespace of the socket let UDP to the
+// port come from the worker only ("ip xfrm policy" lists them); what they block is
+// XfrmInPolBlock in /proc/net/xfrm_stat.
 //
 // # Path MTU, node end
 //
@@ -54,8 +59,8 @@
 //
 // # Kernel modules
 //
-// Guest end: vxlan (with udp_tunnel, ip6_udp_tunnel) and nf_tables (with nfnetlink,
-// libcrc32c); nothing else of netfilter. Node end: also sch_ingress, cls_u32 and
+// Guest end: vxlan (with udp_tunnel, ip6_udp_tunnel) and xfrm_user (with xfrm_algo).
+// Node end: vxlan, nf_tables (with nfnetlink, libcrc32c), sch_ingress, cls_u32 and
 // act_mirred.
 //
 // Both ends are safe for concurrent use for different tunnels. Calls for the same

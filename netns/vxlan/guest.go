@@ -41,8 +41,8 @@ func EnsureGuest(ctx context.Context, t GuestTunnel) error {
 	if err != nil {
 		return err
 	}
-	source := Source{Remote: t.Remote.Unmap(), VNI: t.VNI, Port: t.Port}
-	if _, err := allowSource(ctx, source); err != nil {
+	// The filter comes before the socket: no packet of a stranger ever meets it.
+	if err := ensureGuestSource(Source{Remote: t.Remote.Unmap(), VNI: t.VNI, Port: t.Port}); err != nil {
 		return err
 	}
 	// A rename waits for a grace period of the kernel, so it is done only where the

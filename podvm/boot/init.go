@@ -205,7 +205,7 @@ func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod 
 		return err
 	}
 	m.done("nic")
-	if err := loading.WaitFor("vxlan", "nf_tables"); err != nil {
+	if err := loading.WaitFor("vxlan", "xfrm_user"); err != nil {
 		return err
 	}
 	defer m.done("tunnel")

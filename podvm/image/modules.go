@@ -12,6 +12,6 @@ var wanted = []Want{
 	{Name: "virtio_blk"}, // the disk with the user data
 	// The guest end of the tunnel.
 	{Name: "vxlan"},
-	// Its source filter (netns/vxlan): tables, sets and lookups are all in this one.
-	{Name: "nf_tables"},
+	// Its source filter (netns/vxlan) is IPsec policies, and this is how to set them.
+	{Name: "xfrm_user"},
 }
