@@ -370,6 +370,20 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
+// The environment of a command is the spec's: what libcontainer's children are told
+// does not reach it.
+func TestEnvironmentIsTheSpecs(t *testing.T) {
+	g := newGuest(t)
+	g.sandbox()
+	g.run("main", `echo "$GOMAXPROCS|$PATH|"; tail -f /dev/null`)
+	if out := must[*agentpb.ReadStreamResponse](t)(g.ReadStdout(g.ctx(), &agentpb.ReadStreamRequest{ContainerId: "main", Len: 100})); string(out.Data) != "|/bin|\n" {
+		t.Errorf("first process: %q", out.Data)
+	}
+	if out, _ := g.output("main", "exec1", `echo "$GOMAXPROCS|$PATH|"`); out != "|/bin|\n" {
+		t.Errorf("exec: %q", out)
+	}
+}
+
 func TestExecOfMissingCommandFailsAtOnce(t *testing.T) {
 	g := newGuest(t)
 	g.sandbox()

@@ -23,9 +23,13 @@ func init() { runtime.LockOSThread() }
 
 // Init must be the first call of main. libcontainer starts every container process
 // by running this binary again with the argument "init"; in such a child Init turns
-// into the user's command and never returns. Elsewhere it does nothing.
+// into the user's command and never returns. Elsewhere it only prepares such children.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
 		libcontainer.Init()
 	}
+	// libcontainer hands this one variable on to the children, which have one thread
+	// to do all their work: without it their runtime starts others first. It comes
+	// too late for this process and does not reach the user's command.
+	_ = os.Setenv("GOMAXPROCS", "1") // fails for malformed names alone
 }
