@@ -42,6 +42,12 @@ type container struct {
 	imported  bool     // its root file system is the store's
 	forgetOOM func()
 
+	// freezer serialises uses of the cgroup's freezer: its manager keeps the state,
+	// and a thaw must not come between another's freeze and kill.
+	// Held while the kernel freezes, which the manager waits for a bounded time; a
+	// kill on cgroup v2 does not need it.
+	freezer sync.Mutex
+
 	mu        sync.Mutex
 	state     ContainerState     // guarded by mu
 	initExec  ExecID             // guarded by mu; another name of the first process
@@ -146,7 +152,6 @@ func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequ
 	}
 	if req.SandboxPidns {
 		where.pid = a.sharedPIDNS()
-		c.sharedPID = where.pid != ""
 	}
 	r, init, err := c.newRunner(where)
 	if err != nil {
@@ -171,7 +176,7 @@ func (c *container) created(init *process, initExec ExecID) error {
 	if err != nil {
 		return fail(err)
 	}
-	c.cgroup = at.cgroup
+	c.cgroup, c.sharedPID = at.cgroup, at.sharedPID
 	if err := c.agent.offerPIDNS(at.pid); err != nil {
 		return fail(err)
 	}
@@ -313,7 +318,7 @@ func (c *container) signal(id ExecID, sig unix.Signal) error {
 
 // killAll kills every process of the container, frozen ones too.
 func (c *container) killAll() error {
-	if err := killCgroup(c.cgroup); err != nil {
+	if err := c.killCgroup(); err != nil {
 		return fmt.Errorf("kill the processes of container %s: %w", c.id, err)
 	}
 	c.mu.Lock()
@@ -327,8 +332,9 @@ func (c *container) killAll() error {
 	return nil
 }
 
-// killCgroup kills what is in a cgroup. An absent one is empty.
-func killCgroup(m cgroups.Manager) error {
+// killCgroup kills what is in the cgroup. An absent one is empty.
+func (c *container) killCgroup() error {
+	m := c.cgroup
 	if cgroups.IsCgroup2UnifiedMode() {
 		err := os.WriteFile(filepath.Join(m.Path(""), "cgroup.kill"), []byte("1"), 0)
 		if err == nil || errors.Is(err, os.ErrNotExist) && !m.Exists() || errors.Is(err, unix.ENODEV) {
@@ -338,6 +344,8 @@ func killCgroup(m cgroups.Manager) error {
 	if !m.Exists() {
 		return nil
 	}
+	c.freezer.Lock()
+	defer c.freezer.Unlock()
 	// Frozen, nothing can fork while the list is read. Freezing may fail in a cgroup
 	// that is full of dying processes; the kill is tried all the same.
 	_ = m.Freeze(cgroups.Frozen)
@@ -370,7 +378,10 @@ func (c *container) freeze(ctx context.Context, to ContainerState) error {
 	if _, err := c.in(from); err != nil {
 		return err
 	}
-	if err := c.cgroup.Freeze(how); err != nil {
+	c.freezer.Lock()
+	err := c.cgroup.Freeze(how)
+	c.freezer.Unlock()
+	if err != nil {
 		return fmt.Errorf("make container %s %s: %w", c.id, to, err)
 	}
 	return c.to(to)

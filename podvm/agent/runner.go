@@ -34,6 +34,9 @@ type residence struct {
 	pid    int // in the agent's pid namespace
 	cgroup cgroups.Manager
 	limits cgroups.Resources
+	// sharedPID: the pid namespace is another container's, and does not end with the
+	// process.
+	sharedPID bool
 	// oom is what the OOM watch needs beside the cgroup. Nil: there is nothing to
 	// watch for.
 	oom oomNotifier
@@ -100,7 +103,10 @@ func (r *libRunner) first() (residence, error) {
 	if err != nil {
 		return residence{}, fmt.Errorf("find the cgroup: %w", err)
 	}
-	return residence{pid: st.InitProcessPid, cgroup: cg, limits: *r.cfg.Cgroups.Resources, oom: r.lib}, nil
+	return residence{
+		pid: st.InitProcessPid, cgroup: cg, limits: *r.cfg.Cgroups.Resources,
+		sharedPID: r.cfg.Namespaces.PathOf(configs.NEWPID) != "", oom: r.lib,
+	}, nil
 }
 
 func (r *libRunner) begin() error { return r.lib.Exec() }
