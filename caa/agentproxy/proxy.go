@@ -34,15 +34,33 @@ const (
 	// firstKeep is how long the connection that the start has left behind waits
 	// for the first client, which follows at once or not at all.
 	firstKeep = 30 * time.Second
+	// silentAfter is how long the VM may leave a new connection unanswered before
+	// somebody asks whether it is still there: some twenty attempts.
+	silentAfter = time.Second
 	// probeTimeout bounds the question whether somebody answers on a socket that
 	// is already there.
 	probeTimeout = time.Second
 )
 
+// Config of a Proxy.
+type Config struct {
+	// Path of the socket, made with mode 0600 in a directory of mode 0700.
+	Path   string
+	Target Target
+	// First is a connection to Target that the first client gets; the proxy owns it.
+	// Nil: none.
+	First *tls.Conn
+	// Silent is called, once for each client that has to wait, when the VM does not
+	// answer. Its context ends when the VM has answered or the client is sent away.
+	// Nil: nobody is told.
+	Silent func(ctx context.Context)
+	Log    *slog.Logger
+}
+
 // Proxy serves one sandbox's agent socket. It is safe for concurrent use.
 type Proxy struct {
-	path     string
 	target   Target
+	silent   func(context.Context)
 	log      *slog.Logger
 	listener *net.UnixListener
 
@@ -56,22 +74,23 @@ type Proxy struct {
 	served bool      // some client was carried; guarded by mu
 }
 
-// Listen makes the socket at path (mode 0600, in a directory of mode 0700) and
-// serves it until Close. first, when not nil, is a connection to the target that the
-// first client will get; the proxy owns it from here on. AlreadyExists: another
-// process answers at path.
-func Listen(ctx context.Context, path string, t Target, first *tls.Conn, log *slog.Logger) (*Proxy, error) {
-	l, err := ListenUnix(ctx, path)
+// Listen makes the socket and serves it until Close. AlreadyExists: another process
+// answers at its path.
+func Listen(ctx context.Context, cfg Config) (*Proxy, error) {
+	l, err := ListenUnix(ctx, cfg.Path)
 	if err != nil {
-		if first != nil {
-			first.Close()
+		if cfg.First != nil {
+			cfg.First.Close()
 		}
 		return nil, err
 	}
-	p := &Proxy{path: path, target: t, log: log, listener: l, first: first}
+	p := &Proxy{target: cfg.Target, silent: cfg.Silent, log: cfg.Log, listener: l, first: cfg.First}
+	if p.silent == nil {
+		p.silent = func(context.Context) {}
+	}
 	p.run, p.stop = context.WithCancel(context.WithoutCancel(ctx))
 	p.wg.Go(p.accept)
-	if first != nil {
+	if cfg.First != nil {
 		p.wg.Go(func() {
 			if sleep(p.run, firstKeep) == nil {
 				p.dropFirst()
@@ -156,6 +175,11 @@ func (p *Proxy) serve(client net.Conn) {
 	vm := p.takeFirst()
 	if vm == nil {
 		ctx, cancel := context.WithTimeout(p.run, clientWait)
+		p.wg.Go(func() {
+			if sleep(ctx, silentAfter) == nil {
+				p.silent(ctx)
+			}
+		})
 		var err error
 		vm, err = Wait(ctx, p.target)
 		cancel()

@@ -132,7 +132,7 @@ func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 func listen(t testing.TB, target Target, first *tls.Conn) (*Proxy, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "pods", "x", "agent.ttrpc")
-	p, err := Listen(t.Context(), path, target, first, quiet())
+	p, err := Listen(t.Context(), Config{Path: path, Target: target, First: first, Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +313,7 @@ func TestCloseEndsEverything(t *testing.T) {
 		t.Errorf("%d connections after Close", p.Connections())
 	}
 	// The socket stays and is taken over.
-	p, err = Listen(t.Context(), path, Target{Addr: v.addr, TLS: clientTLS(t, b)}, nil, quiet())
+	p, err = Listen(t.Context(), Config{Path: path, Target: Target{Addr: v.addr, TLS: clientTLS(t, b)}, Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -257,6 +258,25 @@ func TestNotes(t *testing.T) {
 	until(t, "the instance to go", func() bool { return len(n.world.Instances()) == 0 })
 	if left, _ := filepath.Glob(filepath.Join(n.dir, "stop", "*")); len(left) > 0 {
 		t.Errorf("the note is still there: %v", left)
+	}
+}
+
+// TestLostInstance: a pod VM that died is noticed by the first client that has to
+// wait, and its sandbox goes.
+func TestLostInstance(t *testing.T) {
+	n := newNode(t)
+	n.run()
+	path := n.up("s1")
+	check(t, path)
+	n.world.Fail(n.world.Instances()[0].ID, "the host is on fire")
+	until(t, "the sandbox to go", func() bool {
+		if c, err := relay.Dial(t.Context(), path); err == nil {
+			go func() { io.Copy(io.Discard, c); c.Close() }() // ends with the socket
+		}
+		return len(n.world.Instances()) == 0
+	})
+	if !strings.Contains(n.log.String(), "the host is on fire") {
+		t.Error("the log does not say why")
 	}
 }
 

@@ -150,7 +150,10 @@ func (sb *Sandbox) ready(op *startOp) error {
 
 // serve makes the agent socket and serves it.
 func (m *Manager) serve(sb *Sandbox, target agentproxy.Target, rec store.Record, first *tls.Conn) error {
-	p, err := agentproxy.Listen(m.run, rec.AgentSocket, target, first, sb.log)
+	p, err := agentproxy.Listen(m.run, agentproxy.Config{
+		Path: rec.AgentSocket, Target: target, First: first, Log: sb.log,
+		Silent: func(ctx context.Context) { m.examine(ctx, sb) },
+	})
 	if err != nil {
 		return fmt.Errorf("agent socket of pod %s: %w", rec.Pod, err)
 	}
@@ -158,6 +161,24 @@ func (m *Manager) serve(sb *Sandbox, target agentproxy.Target, rec store.Record,
 	defer sb.mu.Unlock()
 	sb.proxy = p
 	return nil
+}
+
+// examine asks the provider after the instance of a running sandbox that does not
+// answer. One that has failed or is gone will not answer again: its sandbox goes, and
+// with it the agent socket, by which the shim learns of it.
+func (m *Manager) examine(ctx context.Context, sb *Sandbox) {
+	sb.mu.Lock()
+	rec := sb.rec
+	sb.mu.Unlock()
+	if rec.State != StateRunning {
+		return
+	}
+	if err := m.lost(ctx, rec.Instance.ID); err != nil {
+		sb.log.Error("the pod VM is lost", logkey.Instance, string(rec.Instance.ID), logkey.Error, err)
+		if err := sb.undo("the pod VM is lost: " + err.Error()); err != nil {
+			sb.log.Error("delete a sandbox whose pod VM is lost", logkey.Error, err)
+		}
+	}
 }
 
 // Expire deletes sandboxes whose lease is over, until ctx ends.

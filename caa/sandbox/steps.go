@@ -364,17 +364,24 @@ func (m *Manager) doAgent(ctx context.Context, sb *Sandbox) error {
 func (m *Manager) watch(ctx context.Context, id cloud.InstanceID, cancel context.CancelCauseFunc) {
 	const first, longest = time.Second, 10 * time.Second // not a start's pace: only how soon a dead VM is reported
 	for wait := first; sleep(ctx, wait) == nil; wait = min(2*wait, longest) {
-		inst, err := m.cfg.Provider.Get(ctx, id)
-		if err == nil {
-			err = failed(inst)
-		} else if !errdefs.IsNotFound(err) {
-			continue
-		}
-		if err != nil {
+		if err := m.lost(ctx, id); err != nil {
 			cancel(err)
 			return
 		}
 	}
+}
+
+// lost tells why an instance will not answer any more. Nil: it may, or the provider
+// cannot say.
+func (m *Manager) lost(ctx context.Context, id cloud.InstanceID) error {
+	inst, err := m.cfg.Provider.Get(ctx, id)
+	switch {
+	case errdefs.IsNotFound(err):
+		return err
+	case err != nil:
+		return nil
+	}
+	return failed(inst)
 }
 
 func (m *Manager) undoAgent(_ context.Context, sb *Sandbox) error {

@@ -43,8 +43,9 @@ const (
 	DefaultBudget = 5 * time.Minute
 	// goneGrace is how long the agent socket must be missing under an adaptor that
 	// answers. A restarting adaptor makes its sockets before it serves, so a
-	// missing one means that the instance was given up.
-	goneGrace = 30 * time.Second
+	// missing one means that the instance was given up. The grace covers the moment
+	// between the end of an adaptor and its socket's.
+	goneGrace = 3 * time.Second
 
 	backoffMin = 20 * time.Millisecond
 	backoffMax = time.Second
