@@ -56,12 +56,15 @@ $(BIN)/crictl: test/tools/cri/go.mod test/tools/cri/go.sum
 	@cd test/tools/cri && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ github.com/kubernetes-sigs/cri-tools/cmd/crictl
 	@touch $@
 
-# containerd 2, which Debian 12 does not have.
-$(OUT)/containerd2/containerd: test/tools/containerd/go.mod test/tools/containerd/go.sum
+# The generations of containerd that Debian 12 does not have.
+CONTAINERD_TAGS := no_btrfs,no_zfs,no_devmapper,no_aufs
+$(OUT)/containerd2/containerd: CONTAINERD := github.com/containerd/containerd/v2
+$(OUT)/containerd17/containerd: CONTAINERD := github.com/containerd/containerd
+$(OUT)/containerd2/containerd $(OUT)/containerd17/containerd: $(OUT)/%/containerd: test/tools/%/go.mod test/tools/%/go.sum
 	@mkdir -p $(@D)
-	@echo "building containerd 2 (about a minute the first time)" >&2
-	@cd test/tools/containerd && CGO_ENABLED=0 $(GO) build -tags no_btrfs,no_zfs,no_devmapper -ldflags '-s -w' -o $(@D)/ \
-		github.com/containerd/containerd/v2/cmd/containerd github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 github.com/containerd/containerd/v2/cmd/ctr
+	@echo "building $* (about a minute the first time)" >&2
+	@cd test/tools/$* && CGO_ENABLED=0 $(GO) build -tags $(CONTAINERD_TAGS) -ldflags '-s -w' -o $(@D)/ \
+		$(CONTAINERD)/cmd/containerd $(CONTAINERD)/cmd/containerd-shim-runc-v2 $(CONTAINERD)/cmd/ctr
 	@touch $@
 
 demo: build podvm-image $(BIN)/crictl
@@ -73,7 +76,7 @@ demo-stop:
 
 # -p 2: two packages at a time; the kernel tests and the virtual machines of more
 # would starve each other on two cores.
-test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd2/containerd
+test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd17/containerd $(OUT)/containerd2/containerd
 	@$(GO) build -o $(BIN)/tally ./test/tally
 	@$(GO) vet -tags $(TEST_TAGS) ./...
 	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \

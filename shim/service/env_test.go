@@ -79,7 +79,7 @@ var flood = func() []byte {
 	return b
 }()
 
-var ours = []extension.Feature{extension.Rootfs, extension.Streams}
+var ours = []extension.Feature{extension.Rootfs, extension.Streams, extension.Pause}
 
 // env is a service with everything around it.
 type env struct {

@@ -39,17 +39,16 @@ func newBed(t *testing.T, name string) *testbed.Bed {
 	return bed
 }
 
-// TestPods runs the scenario that make demo shows, each check as a test, under both
-// generations of containerd.
+// TestPods runs the scenario that make demo shows, each check as a test, under every
+// generation of containerd.
 func TestPods(t *testing.T) {
-	t.Run("containerd 1.6", func(t *testing.T) {
-		runScenario(t, newBed(t, "e2e-1.6"))
-	})
-	t.Run("containerd 2", func(t *testing.T) {
-		bed := newBed(t, "e2e-2")
-		bed.Containerd2 = filepath.Join(filepath.Dir(bed.Bin), "containerd2")
-		runScenario(t, bed)
-	})
+	for name, g := range testbed.Generations(os.Getenv("PEERPOD_BIN")) {
+		t.Run(name, func(t *testing.T) {
+			bed := newBed(t, "e2e-pods")
+			bed.Generation = g
+			runScenario(t, bed)
+		})
+	}
 }
 
 func runScenario(t *testing.T, bed *testbed.Bed) {

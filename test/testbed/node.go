@@ -24,7 +24,7 @@ const cniConfig = `{
 }
 `
 
-// containerdConfig is for Debian's containerd 1.6. restrict_oom_score_adj: a root
+// containerdConfig is for containerd 1.6 and 1.7. restrict_oom_score_adj: a root
 // without CAP_SYS_RESOURCE cannot lower it, and runc fails when it tries.
 const containerdConfig = `version = 2
 root = "%[1]s/containerd"
@@ -96,7 +96,7 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.bl
 // imports the images.
 func (b *Bed) StartContainerd(ctx context.Context) error {
 	config := containerdConfig
-	if b.Containerd2 != "" {
+	if b.Generation.V2 {
 		config = containerd2Config
 	}
 	for path, text := range map[string]string{
@@ -119,7 +119,7 @@ func (b *Bed) StartContainerd(ctx context.Context) error {
 			return fmt.Errorf("make image %s: %w", name, err)
 		}
 		args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
-		if b.Containerd2 != "" {
+		if b.Generation.V2 {
 			args = append(args, "--local") // its transfer service wants a platform's unpacker configured
 		}
 		if _, err := Run(ctx, b.program("ctr"), append(args, archive)...); err != nil {
@@ -130,10 +130,10 @@ func (b *Bed) StartContainerd(ctx context.Context) error {
 	return nil
 }
 
-// program is one of containerd's programs: of Debian's 1.6 or of the built 2.
+// program is one of containerd's programs.
 func (b *Bed) program(name string) string {
-	if b.Containerd2 != "" {
-		return filepath.Join(b.Containerd2, name)
+	if b.Generation.Dir != "" {
+		return filepath.Join(b.Generation.Dir, name)
 	}
 	return name
 }
@@ -143,8 +143,8 @@ func (b *Bed) program(name string) string {
 func (b *Bed) RestartContainerd(ctx context.Context) error {
 	cmd := exec.Command(b.program("containerd"), "-c", filepath.Join(b.Out, "containerd.toml"))
 	path := b.Bin + ":" + os.Getenv("PATH") // where containerd looks for shims
-	if b.Containerd2 != "" {
-		path = b.Containerd2 + ":" + path
+	if b.Generation.Dir != "" {
+		path = b.Generation.Dir + ":" + path
 	}
 	cmd.Env = append(os.Environ(), "PATH="+path)
 	d, err := b.Start(ctx, "containerd", cmd, func(ctx context.Context) error {

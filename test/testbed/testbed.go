@@ -32,14 +32,31 @@ type Bed struct {
 	Bin   string          // folder of the built programs
 	Image *image.Manifest // the pod VM image
 	Out   string          // folder for logs and containerd's content; made anew
-	// Containerd2 is the folder of a built containerd 2. Empty: Debian's 1.6.
-	Containerd2 string
+	// Generation of containerd to run. The zero value is Debian's 1.6.
+	Generation Generation
 	// AdaptorEnv is added to the adaptor's configuration.
 	AdaptorEnv []string
 
 	// Containerd and Adaptor are nil until they are started.
 	Containerd *Daemon
 	Adaptor    *Daemon
+}
+
+// Generation is a containerd and where its programs are.
+type Generation struct {
+	Dir string // folder of a built containerd; "": the one in PATH
+	V2  bool   // it is containerd 2, whose configuration has version 3
+}
+
+// Generations are all that a shim must serve: by name, what bin's sibling folders
+// hold (see the Makefile).
+func Generations(bin string) map[string]Generation {
+	out := filepath.Dir(bin)
+	return map[string]Generation{
+		"containerd 1.6": {},
+		"containerd 1.7": {Dir: filepath.Join(out, "containerd17")},
+		"containerd 2":   {Dir: filepath.Join(out, "containerd2"), V2: true},
+	}
 }
 
 // Paths on the node.

@@ -2,9 +2,9 @@
 
 //go:build tools
 
-// Package containerd pins containerd 2, which Debian 12 does not have. It is a
+// Package containerd2 pins containerd 2, which Debian 12 does not have. It is a
 // module of its own: the product links none of containerd's daemon.
-package containerd
+package containerd2
 
 import (
 	_ "github.com/containerd/containerd/v2/cmd/containerd"

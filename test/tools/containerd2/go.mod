@@ -1,4 +1,4 @@
-module github.com/kata-remote/kata-remote/test/tools/containerd
+module github.com/kata-remote/kata-remote/test/tools/containerd2
 
 go 1.26.6
 
