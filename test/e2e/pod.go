@@ -31,6 +31,10 @@ type Container struct {
 	log string
 }
 
+// ownProcesses is what the kubelet asks for unless a pod says shareProcessNamespace: a
+// process namespace for each container (NamespaceMode CONTAINER).
+var ownProcesses = map[string]any{"security_context": map[string]any{"namespace_options": map[string]any{"pid": 1}}}
+
 // podConfigs is where configurations for crictl stand, inside the bed.
 const podConfigs = "/run/e2e"
 
@@ -42,7 +46,7 @@ func RunPod(ctx context.Context, bed *testbed.Bed, name, handler string, annotat
 		"hostname":      name,
 		"log_directory": p.Logs,
 		"annotations":   annotations,
-		"linux":         map[string]any{},
+		"linux":         ownProcesses,
 	}); err != nil {
 		return nil, err
 	}
@@ -84,7 +88,7 @@ func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Contain
 		"image":    map[string]any{"image": testbed.BusyboxImage},
 		"command":  command,
 		"log_path": name + ".log",
-		"linux":    map[string]any{},
+		"linux":    ownProcesses,
 	}); err != nil {
 		return nil, err
 	}

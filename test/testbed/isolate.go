@@ -31,9 +31,9 @@ const keepFD = 3
 
 // Isolation says how a program is taken apart from its machine.
 type Isolation struct {
-	// PIDFile receives what Stop needs: the process id, as the machine sees it, of
-	// process 1 inside, and the folders that were made. What an earlier run of the
-	// same file left running is stopped first. Empty: not written. It is removed when the inside has ended.
+	// PIDFile receives the process id, as the machine sees it, of process 1 inside,
+	// for Stop. What an earlier run of the same file left running is stopped first.
+	// Empty: not written. It is removed when the inside has ended.
 	PIDFile string
 	// MayKeep lets the inside outlive the outside (see Keep). Without it the
 	// inside is killed when the outside dies, however that happens.
@@ -79,23 +79,13 @@ func runOutside(opt Isolation) (int, error) {
 		}
 	}
 	runtime.LockOSThread() // Pdeathsig follows the thread that forked (prctl(2))
-	dirs, err := makeDirs()
-	if err != nil {
-		removeDirs(dirs)
-		return 0, err
-	}
 	groups, err := newCgroups()
 	if err != nil {
-		removeDirs(dirs)
 		return 0, err
 	}
-	cleanUp := func() {
-		groups.remove()
-		removeDirs(dirs)
-	}
-	cmd, kept, err := startInit(opt, groups, dirs)
+	cmd, kept, err := startInit(opt, groups)
 	if err != nil {
-		cleanUp()
+		groups.remove()
 		return 0, err
 	}
 	defer kept.Close()
@@ -111,7 +101,7 @@ func runOutside(opt Isolation) (int, error) {
 		return int(status[0]), nil // it stays, and so do its groups and its PID file
 	}
 	err = cmd.Wait()
-	cleanUp()
+	groups.remove()
 	if opt.PIDFile != "" {
 		os.Remove(opt.PIDFile)
 	}
@@ -127,7 +117,7 @@ func runOutside(opt Isolation) (int, error) {
 
 // startInit starts process 1 inside the groups. kept ends when the inside has, or
 // carries the exit status that Keep was given.
-func startInit(opt Isolation, groups cgroups, dirs []string) (cmd *exec.Cmd, kept *os.File, err error) {
+func startInit(opt Isolation, groups cgroups) (cmd *exec.Cmd, kept *os.File, err error) {
 	kept, w, err := os.Pipe()
 	if err != nil {
 		return nil, nil, err
@@ -153,8 +143,7 @@ func startInit(opt Isolation, groups cgroups, dirs []string) (cmd *exec.Cmd, kep
 	}
 	err = errors.Join(err, groups.leave())
 	if err == nil && opt.PIDFile != "" {
-		text := strings.Join(append([]string{strconv.Itoa(cmd.Process.Pid)}, dirs...), "\n")
-		err = os.WriteFile(opt.PIDFile, []byte(text+"\n"), 0o644)
+		err = os.WriteFile(opt.PIDFile, []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o644)
 	}
 	if err != nil {
 		if cmd.Process != nil {
@@ -206,11 +195,7 @@ func Stop(pidFile string) error {
 	if err != nil {
 		return err
 	}
-	lines := strings.Fields(string(b)) // the process id, then the folders that were made
-	if len(lines) == 0 {
-		return os.Remove(pidFile)
-	}
-	pid, err := strconv.Atoi(lines[0])
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
 		return fmt.Errorf("%s: %w", pidFile, err)
 	}
@@ -232,7 +217,6 @@ func Stop(pidFile string) error {
 		}
 	}
 	removeStaleCgroups()
-	removeDirs(lines[1:])
 	return os.Remove(pidFile)
 }
 
@@ -281,49 +265,42 @@ func runInit() (int, error) {
 }
 
 // nodeDirs are paths that the programs of a node have compiled in. Inside, each is
-// an empty tmpfs.
+// an empty tmpfs. overlaid are their parents: inside, they have a layer of their own,
+// in which those of nodeDirs that this machine lacks are made. Making and removing
+// them on the machine would be no good: the removal of a folder takes away what
+// others, in their namespaces, have mounted on it.
 var nodeDirs = []string{"/var/lib/cni", "/var/lib/peerpod", "/etc/cni", "/var/log/pods", "/etc/kata-containers"}
 
-// makeDirs makes those of nodeDirs that this machine lacks, as places to mount on,
-// and returns them.
-func makeDirs() (made []string, err error) {
-	for _, dir := range nodeDirs {
-		err := os.Mkdir(dir, 0o755)
-		if err != nil && !errors.Is(err, os.ErrExist) {
-			return made, err
-		}
-		if err == nil {
-			made = append(made, dir)
-		}
-	}
-	return made, nil
-}
+var overlaid = []string{"/etc", "/var/lib", "/var/log"}
 
-func removeDirs(dirs []string) {
-	for _, dir := range dirs {
-		unix.Rmdir(dir) // one that somebody filled in the meantime stays
+func mount(fstype, target, data string) error {
+	if err := unix.Mount(fstype, target, fstype, 0, data); err != nil {
+		return fmt.Errorf("mount %s on %s: %w", fstype, target, err)
 	}
+	return nil
 }
 
 // makeNode gives the namespaces what a worker node has.
 func makeNode() error {
-
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
-	mounts := []struct{ source, target, fstype, data string }{
-		{"proc", "/proc", "proc", ""},
-		{"sysfs", "/sys", "sysfs", ""},
-		{"tmpfs", "/sys/fs/cgroup", "tmpfs", "mode=755"},
-		{"tmpfs", "/run", "tmpfs", "mode=755"},
+	err := errors.Join(
+		mount("proc", "/proc", ""),
+		mount("sysfs", "/sys", ""),
+		mount("tmpfs", "/sys/fs/cgroup", "mode=755"),
+		mount("tmpfs", "/run", "mode=755"))
+	for _, dir := range overlaid {
+		layer := filepath.Join("/run/testbed-layers", strings.ReplaceAll(dir[1:], "/", "-"))
+		upper, work := filepath.Join(layer, "upper"), filepath.Join(layer, "work")
+		err = errors.Join(err, os.MkdirAll(upper, 0o755), os.MkdirAll(work, 0o755),
+			mount("overlay", dir, "lowerdir="+dir+",upperdir="+upper+",workdir="+work))
 	}
 	for _, dir := range nodeDirs {
-		mounts = append(mounts, struct{ source, target, fstype, data string }{"tmpfs", dir, "tmpfs", "mode=755"})
+		err = errors.Join(err, os.MkdirAll(dir, 0o755), mount("tmpfs", dir, "mode=755"))
 	}
-	for _, m := range mounts {
-		if err := unix.Mount(m.source, m.target, m.fstype, 0, m.data); err != nil {
-			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
-		}
+	if err != nil {
+		return err
 	}
 	if err := mountCgroups(); err != nil {
 		return err
