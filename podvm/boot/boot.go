@@ -19,6 +19,7 @@ package boot
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -100,11 +101,12 @@ func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, n
 		ClientCA: []byte(pod.TLSClientCA),
 	}
 	var prepared backend
+	var tlsConfig *tls.Config
 	var g errgroup.Group
 	g.Go(network)
 	g.Go(func() (err error) {
 		defer m.done("agent")
-		if _, err = credentials.TLSConfig(); err == nil {
+		if tlsConfig, err = credentials.TLSConfig(); err == nil {
 			prepared, err = newBackend(cfg, pod, log)
 		}
 		return err
@@ -116,7 +118,7 @@ func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, n
 	if err != nil {
 		return fmt.Errorf("forwarder: %w", err)
 	}
-	l, err := forwarder.NewListener(inner, credentials)
+	l, err := forwarder.NewListener(inner, tlsConfig)
 	if err != nil {
 		return errors.Join(err, inner.Close())
 	}

@@ -70,6 +70,8 @@ func (c Credentials) TLSConfig() (*tls.Config, error) {
 		Certificates: []tls.Certificate{pair},
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 		ClientCAs:    pool,
+		// The adaptor resumes no session, and a ticket is work in every handshake.
+		SessionTicketsDisabled: true,
 	}, nil
 }
 
@@ -101,15 +103,16 @@ type Listener struct {
 	failed           chan struct{}
 }
 
-// NewListener starts to accept connections from l, which it then owns.
-func NewListener(l net.Listener, c Credentials) (*Listener, error) {
-	return newListener(l, c, HandshakeTimeout, MaxPending)
+// NewListener starts to accept connections from l, which it then owns. cfg is what
+// Credentials.TLSConfig returned, which takes too long to be done twice in a start.
+// InvalidArgument: cfg would let in a client that has not authenticated.
+func NewListener(l net.Listener, cfg *tls.Config) (*Listener, error) {
+	return newListener(l, cfg, HandshakeTimeout, MaxPending)
 }
 
-func newListener(inner net.Listener, c Credentials, timeout time.Duration, pending int) (*Listener, error) {
-	cfg, err := c.TLSConfig()
-	if err != nil {
-		return nil, err
+func newListener(inner net.Listener, cfg *tls.Config, timeout time.Duration, pending int) (*Listener, error) {
+	if cfg == nil || cfg.MinVersion < tls.VersionTLS13 || cfg.ClientAuth != tls.RequireAndVerifyClientCert || cfg.ClientCAs == nil {
+		return nil, fmt.Errorf("forwarder: TLS is not set up to authenticate clients: %w", errdefs.ErrInvalidArgument)
 	}
 	l := &Listener{
 		inner:            inner,

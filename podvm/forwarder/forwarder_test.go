@@ -97,6 +97,15 @@ func (s sandbox) credentials() Credentials {
 	return Credentials{Key: s.server.keyPEM, Cert: s.server.pem, ClientCA: s.clientCA.pem}
 }
 
+func (s sandbox) serverConfig(t *testing.T) *tls.Config {
+	t.Helper()
+	cfg, err := s.credentials().TLSConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
 func (s sandbox) clientConfig(t *testing.T, certs ...identity) *tls.Config {
 	t.Helper()
 	roots := x509.NewCertPool()
@@ -158,7 +167,7 @@ func start(t *testing.T, s sandbox, timeout time.Duration, pending int) (addr st
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := newListener(inner, s.credentials(), timeout, pending)
+	l, err := newListener(inner, s.serverConfig(t), timeout, pending)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -348,7 +357,7 @@ func TestCloseEndsHandshakes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := NewListener(inner, s.credentials())
+	l, err := NewListener(inner, s.serverConfig(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +386,7 @@ func TestInnerListenerFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := NewListener(inner, s.credentials())
+	l, err := NewListener(inner, s.serverConfig(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -406,7 +415,7 @@ func TestCredentials(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cred := s.credentials()
 			c.change(&cred)
-			_, err := NewListener(nil, cred)
+			_, err := cred.TLSConfig()
 			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.want) {
 				t.Fatalf("got %v, want InvalidArgument with %q", err, c.want)
 			}
@@ -417,6 +426,26 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
+// A configuration that is not Credentials' own is refused where it admits more.
+func TestListenerRefuses(t *testing.T) {
+	s := newSandbox(t)
+	for name, change := range map[string]func(*tls.Config){
+		"TLS 1.2":         func(c *tls.Config) { c.MinVersion = tls.VersionTLS12 },
+		"any client":      func(c *tls.Config) { c.ClientAuth = tls.RequestClientCert },
+		"any CA's":        func(c *tls.Config) { c.ClientAuth = tls.RequireAnyClientCert },
+		"the system's CA": func(c *tls.Config) { c.ClientCAs = nil },
+	} {
+		cfg := s.serverConfig(t)
+		change(cfg)
+		if _, err := NewListener(nil, cfg); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: got %v, want InvalidArgument", name, err)
+		}
+	}
+	if _, err := NewListener(nil, nil); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("none: got %v, want InvalidArgument", err)
+	}
+}
+
 // relayTo runs Relay before the socket and returns the address.
 func relayTo(t *testing.T, s sandbox, socket string) string {
 	t.Helper()
@@ -424,7 +453,7 @@ func relayTo(t *testing.T, s sandbox, socket string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := NewListener(inner, s.credentials())
+	l, err := NewListener(inner, s.serverConfig(t))
 	if err != nil {
 		t.Fatal(err)
 	}
