@@ -86,7 +86,7 @@ func TestValidateGuest(t *testing.T) {
 	}
 }
 
-// TestOverhead: the numbers of design.md §4.
+// TestOverhead: outer Ethernet, IP, UDP and VXLAN headers (RFC 7348 §5).
 func TestOverhead(t *testing.T) {
 	for a, want := range map[string]int{"10.0.0.1": 50, "fd00::1": 70, "::ffff:10.0.0.1": 50} {
 		if got := Overhead(addrOf(a)); got != want {

@@ -17,7 +17,7 @@ import (
 const invalidID = "Invalid container id"
 
 // classes are those toGRPC passes on. What has none of them is INTERNAL, as with a
-// kata-agent (kata.md §3.5), and not UNKNOWN, as errgrpc would have it.
+// kata-agent (kata-containers 4.1, src/agent/src/rpc.rs), and not UNKNOWN, as errgrpc would have it.
 var classes = []error{
 	errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrAlreadyExists, errdefs.ErrPermissionDenied,
 	errdefs.ErrResourceExhausted, errdefs.ErrFailedPrecondition, errdefs.ErrAborted, errdefs.ErrOutOfRange,

@@ -43,7 +43,7 @@ func TestToGRPC(t *testing.T) {
 	}
 }
 
-// The codes that runtimes rely on (kata.md §3.5, §9 item 9).
+// The codes that runtimes rely on (kata-containers 4.1, src/agent/src/rpc.rs).
 //
 // Long: one table, a call and its code in each row.
 func TestCodes(t *testing.T) {

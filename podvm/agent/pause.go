@@ -59,8 +59,7 @@ static void drop(void)
 }
 
 // pause is the whole program of a sandbox container. It runs in place of the Go
-// runtime, and before every other constructor: seal would take process 1 for the
-// machine's.
+// runtime, and before every other constructor.
 __attribute__((constructor(101))) static void pause_program(int argc, char **argv)
 {
 	const char *namespaces = getenv("PEERPOD_PAUSE");
@@ -219,8 +218,7 @@ func (r *pauseRunner) launch(streams []*os.File) (err error) {
 		opened = append(opened, dir)
 		attr.UseCgroupFD, attr.CgroupFD = true, int(dir.Fd())
 	}
-	// The same file as the agent's, sealed or not (seal.go); PID 1's is no longer
-	// anywhere else.
+	// The same file as the agent's, by the link that needs no path.
 	proc, err := os.StartProcess("/proc/self/exe", []string{pauseName}, &os.ProcAttr{
 		Env: []string{"PEERPOD_PAUSE=" + strconv.Itoa(len(r.in.joined()))}, Files: files, Sys: attr,
 	})

@@ -22,7 +22,7 @@ import (
 )
 
 // service is grpc.AgentService: each method finds the container, has it do the work
-// and gives errors the codes a kata-agent gives them (kata.md §3.5).
+// and gives errors the codes a kata-agent gives them (kata-containers 4.1, src/agent/src/rpc.rs).
 type service struct {
 	unimplemented
 	a *Agent

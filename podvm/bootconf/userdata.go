@@ -21,7 +21,7 @@ import (
 const header = "#cloud-config"
 
 // Paths lists the files that user data may write: those of cloud-api-adaptor 0.22
-// (reference/caa.md §1.5).
+// (cloud-api-adaptor 0.22, pkg/userdata/provision.go).
 var Paths = []string{
 	podvmconfig.Path,
 	"/run/peerpod/aa.toml",

@@ -230,7 +230,7 @@ func TestAdmits(t *testing.T) {
 }
 
 // cloud-api-adaptor puts its own self-signed client certificate where the CA stands
-// (reference/caa.md §1.7).
+// (cloud-api-adaptor 0.22, pkg/util/tlsutil).
 func TestAdmitsPinnedCertificate(t *testing.T) {
 	s := newSandbox(t)
 	s.client = newIdentity(t, "adaptor", nil, x509.ExtKeyUsageClientAuth, time.Hour)

@@ -51,7 +51,7 @@ var typeURLs = []string{"runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Opti
 // runcOptions are what clients send when they take every runtime for runc.
 var runcOptions = []string{"containerd.runc.v1.Options", "containerd.linux.runc.CreateOptions"}
 
-// ignored are kata's keys that have no effect here (kata.md §2.4), by table. "*" is
+// ignored are kata's keys that have no effect here (kata-containers 4.1, src/runtime/config/configuration-remote.toml.in), by table. "*" is
 // every key of a table.
 var ignored = map[string][]string{
 	"hypervisor.remote": {

@@ -423,7 +423,7 @@ func (c *Container) Delete(ctx context.Context, exec string) (process.Exit, erro
 }
 
 // remove takes the container out of the guest. Stock agents say Internal or
-// InvalidArgument for a container they do not have (kata.md §3.5); whether it is
+// InvalidArgument for a container they do not have (kata-containers 4.1, src/agent/src/rpc.rs); whether it is
 // there at all is only interesting when the connection works.
 func (c *Container) remove(ctx context.Context) error {
 	err := guest.AgentOnce(ctx, c.cfg.Conn, func(error) bool { return true },

@@ -55,7 +55,7 @@ type Source interface {
 }
 
 // virtualVolume begins the mount option by which nydus-snapshotter says that the
-// guest is to pull the image (kata.md §5.1).
+// guest is to pull the image (kata-containers 4.1, src/libs/kata-types/src/mount.rs).
 const virtualVolume = "io.katacontainers.volume="
 
 // AgentsOwn is the agent's own pause program. It is what the guest runs in the place

@@ -29,8 +29,8 @@ var passed = []string{
 }
 
 // vmAnnotations are the nine that CreateVM carries, always all of them, as kata's
-// runtime sends them (kata.md §2.2): the pod's name and namespace, and what shapes
-// the virtual machine, the sum of the containers' limits included (kata.md §2.4).
+// runtime sends them (kata-containers 4.1, virtcontainers/remote.go): the pod's name and namespace, and what shapes
+// the virtual machine, the sum of the containers' limits included (pkg/oci/utils.go).
 func vmAnnotations(s *specs.Spec, role spec.Role, id string) (map[string]string, error) {
 	in := s.Annotations
 	for k := range in {

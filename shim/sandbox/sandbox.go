@@ -221,7 +221,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	return nil
 }
 
-// createRequest is what kata's runtime sends (kata.md §3.3).
+// createRequest is what kata's runtime sends (kata-containers 4.1, virtcontainers/kata_agent.go).
 func (s *Sandbox) createRequest(spc *specs.Spec) *agentpb.CreateSandboxRequest {
 	r := &agentpb.CreateSandboxRequest{SandboxId: s.cfg.ID, Hostname: spc.Hostname}
 	if len(r.Hostname) > hostnameMax {

@@ -33,7 +33,7 @@ import (
 )
 
 // closeTimeout bounds what happens between the answer to Shutdown and the end of the
-// process: containerd gives a shim 3 s (kata.md §1.5).
+// process: containerd gives a shim 3 s (core/runtime/v2/shim.go).
 const closeTimeout = 2 * time.Second
 
 var empty = &emptypb.Empty{}

@@ -46,9 +46,9 @@ const (
 )
 
 const (
-	// sharedDir is where a kata-agent accepts files (kata.md §4).
+	// sharedDir is where a kata-agent accepts files (kata-containers 4.1, virtcontainers/fs_share_linux.go).
 	sharedDir = "/run/kata-containers/shared/containers"
-	// ephemeralDir is where kata's runtimes put tmpfs volumes (kata.md §3.4).
+	// ephemeralDir is where kata's runtimes put tmpfs volumes (virtcontainers/kata_agent.go).
 	ephemeralDir = "/run/kata-containers/sandbox/ephemeral"
 	// ShmPath is where CreateSandbox's storage puts the pod's shared memory.
 	ShmPath = "/run/kata-containers/sandbox/shm"

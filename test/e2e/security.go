@@ -86,44 +86,60 @@ func record(ctx context.Context, id string) (store.Record, error) {
 	return store.Record{}, fmt.Errorf("no record of sandbox %s among %d", id, len(all))
 }
 
-// health asks the agent of a sandbox for its health, past the adaptor, as a client
+// dialForwarder connects to the forwarder of a sandbox, past the adaptor, as a client
 // with the certificate of as; nil has none.
-func health(ctx context.Context, r store.Record, as *store.Record) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
+func dialForwarder(ctx context.Context, r store.Record, as *store.Record) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM([]byte(r.TLS.CA)) {
-		return errors.New("the record's CA is no certificate")
+		return nil, errors.New("the record's CA is no certificate")
 	}
 	cfg := &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: r.TLS.ServerName}
 	if as != nil {
 		cert, err := tls.X509KeyPair([]byte(as.TLS.ClientCert), []byte(as.TLS.ClientKey))
 		if err != nil {
-			return err
+			return nil, err
 		}
 		// Offer it whatever authorities the server names: a client that is up to
 		// no good does not hold back.
 		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
 	}
-	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, "tcp", netip.AddrPortFrom(r.Instance.Addr, ForwarderPort).String())
+	return (&tls.Dialer{Config: cfg}).DialContext(ctx, "tcp", netip.AddrPortFrom(r.Instance.Addr, ForwarderPort).String())
+}
+
+// health asks the agent of a sandbox for its health.
+func health(ctx context.Context, r store.Record, as *store.Record) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	conn, err := dialForwarder(ctx, r, as)
 	if err != nil {
 		return err
 	}
-	// With TLS 1.3 a server's refusal of the client arrives with the first read.
 	c := ttrpc.NewClient(conn)
 	defer c.Close()
 	_, err = agentpb.NewHealthClient(c).Check(ctx, &agentpb.CheckRequest{})
 	return err
 }
 
+// refused checks that a client gets no answer, and that it is TLS that turns it away.
 func (s *Scenario) refused(ctx context.Context, as *store.Record) (string, error) {
 	r, err := record(ctx, s.pod.ID)
 	if err != nil {
 		return "", err
 	}
-	err = health(ctx, r, as)
-	if err == nil {
+	if err := health(ctx, r, as); err == nil {
 		return "", errors.New("the agent answered")
+	}
+	conn, err := dialForwarder(ctx, r, as)
+	if err == nil {
+		// With TLS 1.3 a server's refusal of the client arrives with the first read.
+		conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_, err = conn.Read(make([]byte, 1))
+		conn.Close()
+	}
+	var alert tls.AlertError
+	var remote *net.OpError
+	if !errors.As(err, &alert) && (!errors.As(err, &remote) || remote.Op != "remote error") {
+		return "", fmt.Errorf("the connection ended with %v, not with a TLS alert", err)
 	}
 	return err.Error(), nil
 }

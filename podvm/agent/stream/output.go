@@ -16,7 +16,7 @@ import (
 
 // DrainWindow is how long the end of the output is waited for after the process is
 // gone. Usually it comes at once; a grandchild that inherited the pipe would keep it
-// open for ever. kata-agent uses the same (kata.md §3.6).
+// open for ever. kata-agent uses the same (kata-containers 4.1, src/agent/src/rpc.rs).
 const DrainWindow = 500 * time.Millisecond
 
 // Output is one output stream of a process: a pipe or the master of a terminal, and
