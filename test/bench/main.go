@@ -134,7 +134,7 @@ func memory(ctx context.Context, bed *testbed.Bed) error {
 		if _, err := p.Run(ctx, "app", "sleep", "1000"); err != nil {
 			return err
 		}
-		shim, err := processWith("containerd-shim-kata")
+		shim, err := testbed.FindProcess("containerd-shim-kata")
 		if err != nil {
 			return err
 		}
@@ -151,21 +151,6 @@ func memory(ctx context.Context, bed *testbed.Bed) error {
 		return nil
 	})
 	return err
-}
-
-// processWith finds the one process whose command begins with a word.
-func processWith(word string) (int, error) {
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		return 0, err
-	}
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		if err == nil && strings.Contains(strings.SplitN(string(b), "\x00", 2)[0], word) {
-			return strconv.Atoi(strings.Split(f, "/")[2])
-		}
-	}
-	return 0, fmt.Errorf("no process %s", word)
 }
 
 // pss reads a process's proportional set size in KiB (proc(5), smaps_rollup).

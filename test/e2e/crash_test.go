@@ -4,11 +4,7 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -98,19 +94,9 @@ func TestCrashes(t *testing.T) {
 
 // killOne kills the one process of this node whose program has a word in its name.
 func killOne(word string) error {
-	dirs, err := os.ReadDir("/proc")
+	pid, err := testbed.FindProcess(word)
 	if err != nil {
 		return err
 	}
-	for _, d := range dirs {
-		pid, err := strconv.Atoi(d.Name())
-		if err != nil {
-			continue
-		}
-		b, err := os.ReadFile("/proc/" + d.Name() + "/cmdline")
-		if program, _, _ := strings.Cut(string(b), "\x00"); err == nil && strings.Contains(program, word) {
-			return syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	return errors.New("no process " + word)
+	return syscall.Kill(pid, syscall.SIGKILL)
 }

@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -248,6 +249,22 @@ func (e *RunError) Error() string { return fmt.Sprintf("%s: %v: %s", e.Command, 
 
 // Unwrap returns the error of package os/exec.
 func (e *RunError) Unwrap() error { return e.Err }
+
+// FindProcess returns a process of this node whose program has a word in its name.
+func FindProcess(word string) (pid int, err error) {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return 0, err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		program, _, _ := strings.Cut(string(b), "\x00")
+		if err == nil && strings.Contains(program, word) {
+			return strconv.Atoi(strings.Split(f, "/")[2])
+		}
+	}
+	return 0, fmt.Errorf("no process %s", word)
+}
 
 // lastLine returns the last line of a file that says something.
 func lastLine(path string) string {
