@@ -7,7 +7,7 @@
 //
 //	root ─▶ mounts ─▶ modules (each as soon as those it needs are in)
 //	                    ├─ virtio_blk ─▶ seed ─┬─ virtio_net ─▶ links ─▶ tunnel ─┐
-//	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening ─▶ cpus
+//	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening ─▶ cpus ─▶ late modules
 //
 // As a service of an ordinary system (RunService): the configuration is a file and
 // the network is there, so only tunnel, agent and listening are left.

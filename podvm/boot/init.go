@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
@@ -115,20 +116,37 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		}
 		network := func() error { return bringUpNetwork(ctx, cfg, boot, pod, loading, m) }
 		return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) {
-			m.log(log)
 			g.Go(func() error {
-				if err := onlineCPUs(cpuRoot); err != nil {
-					// A slower pod is better than none.
-					log.Error("not all CPUs are in use", logkey.Error, err.Error())
-					return nil
-				}
-				m.done("cpus")
-				m.log(log)
+				finish(ctx, loading, m, log)
 				return nil
 			})
 		})
 	})
 	return g.Wait()
+}
+
+// quiet is how long finish keeps off the CPU after the port opened. The adaptor
+// connects at once, and 0.2 s later the pod is ready, also under emulation.
+const quiet = 300 * time.Millisecond
+
+// finish does what the port need not wait for: the other CPUs, and when the first calls
+// are over, the report of the start and the late modules. What fails makes a slower pod,
+// which is better than none.
+func finish(ctx context.Context, loading *kmod.Loading, m *marks, log *slog.Logger) {
+	if err := onlineCPUs(cpuRoot); err != nil {
+		log.Error("not all CPUs are in use", logkey.Error, err.Error())
+	}
+	m.done("cpus")
+	wait := time.NewTimer(quiet)
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+	case <-ctx.Done():
+	}
+	if err := loading.LoadLate(); err != nil {
+		log.Error("not all kernel modules are loaded", logkey.Error, err.Error())
+	}
+	m.log(log)
 }
 
 // prepare makes the initramfs a system that containers can be run on.
@@ -137,6 +155,9 @@ func prepare() error {
 		return fmt.Errorf("leave the initial root file system: %w", err)
 	}
 	if err := mountAll(); err != nil {
+		return err
+	}
+	if err := freezeRoot(); err != nil {
 		return err
 	}
 	limit := unix.Rlimit{Cur: maxFiles, Max: maxFiles}

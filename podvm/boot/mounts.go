@@ -86,6 +86,15 @@ func mountAll() error {
 	return nil
 }
 
+// freezeRoot makes the initramfs read-only, and with it podvmd's own file. All that is
+// written from here on is below one of the mounts.
+func freezeRoot() error {
+	if err := unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("make the root file system read-only: %w", err)
+	}
+	return nil
+}
+
 // enableControllers lets the cgroups below the root have every controller there is.
 func enableControllers(root string) error {
 	b, err := os.ReadFile(root + "/cgroup.controllers")

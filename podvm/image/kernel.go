@@ -97,7 +97,7 @@ func (k *Kernel) Resolve(want []Want) ([]Module, error) {
 // Want is a module the image is to have.
 type Want struct {
 	Name string
-	// When names the bus the module drives: "pci", "mmio", or empty.
+	// When names the bus the module drives: "pci", "mmio", or empty; or is kmod.Late.
 	When string
 	// Optional modules may be missing from the package.
 	Optional bool

@@ -2,6 +2,8 @@
 
 package image
 
+import "github.com/kata-remote/kata-remote/podvm/kmod"
+
 // wanted are the modules a pod VM needs; what they depend on comes with them.
 var wanted = []Want{
 	// The machine's devices. Clouds and QEMU's q35 have them on PCI, QEMU's microvm
@@ -14,4 +16,7 @@ var wanted = []Want{
 	{Name: "vxlan"},
 	// Its source filter (netns/vxlan) is IPsec policies, and this is how to set them.
 	{Name: "xfrm_user"},
+	// libcontainer shows a container podvmd's file through a read-only overlay; without
+	// it makes a copy for each process.
+	{Name: "overlay", When: kmod.Late},
 }

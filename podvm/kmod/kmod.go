@@ -26,11 +26,14 @@ const (
 	ListFile = Dir + "/list"
 )
 
+// Late is the condition of a module that no start waits for.
+const Late = "late"
+
 // Module is one line of the module list.
 type Module struct {
 	Name string   // as in /proc/modules
 	File string   // below Dir
-	When string   // bus without which it is of no use: "pci" or "mmio"; empty: always
+	When string   // bus without which it is of no use: "pci" or "mmio"; or Late; empty: always
 	Deps []string // modules to be loaded before
 }
 
@@ -80,6 +83,8 @@ type Loading struct {
 	done  map[string]chan struct{} // by module; closed when it is in
 	ended chan struct{}            // closed when no more will be loaded
 	err   error                    // why not all were; set before ended is closed
+	late  []Module
+	ld    loader
 }
 
 // Load starts to load a list from dir, one module after the other in the list's
@@ -88,7 +93,8 @@ type Loading struct {
 // 2 vCPUs, 2026-11-21: 270 to 350 ms in a row, 570 ms side by side).
 //
 // cmdline is the kernel command line, whose "module.name=value" words the kernel
-// keeps for built-in modules only. The caller calls Wait.
+// keeps for built-in modules only. Modules whose condition is Late are left to
+// LoadLate. The caller calls Wait.
 func Load(ctx context.Context, dir string, list []Module, cmdline string) *Loading {
 	return load(ctx, list, loader{dir: dir, params: moduleParams(cmdline), insert: finitModule, has: hasBus})
 }
@@ -102,13 +108,19 @@ type loader struct {
 }
 
 func load(ctx context.Context, list []Module, ld loader) *Loading {
-	l := &Loading{done: make(map[string]chan struct{}, len(list)), ended: make(chan struct{})}
+	l := &Loading{done: make(map[string]chan struct{}, len(list)), ended: make(chan struct{}), ld: ld}
 	for _, m := range list {
 		l.done[m.Name] = make(chan struct{})
+		if m.When == Late {
+			l.late = append(l.late, m)
+		}
 	}
 	go func() {
 		defer close(l.ended)
 		for _, m := range list {
+			if m.When == Late {
+				continue
+			}
 			if l.err = ctx.Err(); l.err != nil {
 				return
 			}
@@ -123,7 +135,7 @@ func load(ctx context.Context, list []Module, ld loader) *Loading {
 
 // one loads a module, unless the machine has nothing it drives.
 func (ld loader) one(m Module) error {
-	if m.When != "" && !ld.has(m.When) {
+	if m.When != "" && m.When != Late && !ld.has(m.When) {
 		return nil
 	}
 	err := ld.insert(filepath.Join(ld.dir, m.File), ld.params[m.Name])
@@ -153,10 +165,25 @@ func (l *Loading) WaitFor(names ...string) error {
 	return nil
 }
 
-// Wait waits until all modules are loaded or one could not be.
+// Wait waits until all modules but the late ones are loaded or one could not be.
 func (l *Loading) Wait() error {
 	<-l.ended
 	return l.err
+}
+
+// LoadLate waits like Wait and then loads the modules whose condition is Late. It is
+// called once.
+func (l *Loading) LoadLate() error {
+	if err := l.Wait(); err != nil {
+		return err
+	}
+	for _, m := range l.late {
+		if err := l.ld.one(m); err != nil {
+			return err
+		}
+		close(l.done[m.Name])
+	}
+	return nil
 }
 
 // finitModule loads one module.

@@ -98,6 +98,29 @@ func TestLoadInOrder(t *testing.T) {
 	}
 }
 
+func TestLoadLate(t *testing.T) {
+	k := &kernel{fail: map[string]error{}}
+	list := append([]Module{{Name: "overlay", File: "overlay.ko", When: Late}, {Name: "fuse", File: "fuse.ko", When: Late}}, modules...)
+	l := load(context.Background(), list, loader{dir: "/m", insert: k.insert, has: func(bus string) bool { return bus == "pci" }})
+	if err := l.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	early := []string{"/m/virtio.ko", "/m/virtio_pci.ko", "/m/virtio_net.ko"}
+	if d := cmp.Diff(early, k.loaded); d != "" {
+		t.Errorf("before LoadLate: %s", d)
+	}
+	k.fail["/m/fuse.ko"] = unix.ENOEXEC
+	if err := l.LoadLate(); !errors.Is(err, unix.ENOEXEC) || !strings.Contains(err.Error(), "module fuse:") {
+		t.Errorf("got %v, want ENOEXEC of fuse", err)
+	}
+	if d := cmp.Diff(append(early, "/m/overlay.ko"), k.loaded); d != "" {
+		t.Errorf("after LoadLate: %s", d)
+	}
+	if err := l.WaitFor("overlay"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLoadFails(t *testing.T) {
 	k := &kernel{fail: map[string]error{"/m/virtio.ko": unix.ENOEXEC}}
 	l := load(context.Background(), modules, loader{dir: "/m", insert: k.insert, has: func(string) bool { return true }})
