@@ -64,9 +64,12 @@ func ParseNetworkConfig(doc []byte) ([]Ethernet, error) {
 	if len(doc) > MaxDocument {
 		return nil, invalid("the document has %d bytes, more than %d", len(doc), MaxDocument)
 	}
-	var n netplan
-	if err := decodeStrict(doc, &n); err != nil {
-		return nil, err
+	n, plain := plainNetwork(doc)
+	if !plain {
+		n = netplan{}
+		if err := decodeStrict(doc, &n); err != nil {
+			return nil, err
+		}
 	}
 	switch {
 	case n.Version == nil:
@@ -198,8 +201,12 @@ func ParseMetaData(doc []byte) (hostname string, err error) {
 	if len(doc) > MaxDocument {
 		return "", invalid("the document has %d bytes, more than %d", len(doc), MaxDocument)
 	}
-	if err := yaml.Unmarshal(doc, &m); err != nil {
-		return "", invalid("%s", yamlReason(err))
+	var plain bool
+	if m.Hostname, plain = plainHostname(doc); !plain {
+		m.Hostname = ""
+		if err := yaml.Unmarshal(doc, &m); err != nil {
+			return "", invalid("%s", yamlReason(err))
+		}
 	}
 	if m.Hostname != "" && !isHostname(m.Hostname) {
 		return "", invalid("local-hostname %q is not a host name", m.Hostname)

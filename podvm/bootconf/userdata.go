@@ -39,10 +39,12 @@ type File struct {
 
 // cloudConfig is the part of cloud-config that is understood.
 type cloudConfig struct {
-	WriteFiles []struct {
-		Path    string `yaml:"path"`
-		Content string `yaml:"content"`
-	} `yaml:"write_files"`
+	WriteFiles []writeFile `yaml:"write_files"`
+}
+
+type writeFile struct {
+	Path    string `yaml:"path"`
+	Content string `yaml:"content"`
 }
 
 // ParseUserData reads a cloud-config document that consists of write_files with
@@ -59,9 +61,12 @@ func ParseUserData(doc []byte) ([]File, error) {
 	if strings.TrimSpace(first) != header {
 		return nil, invalid("the first line is %q, want %q", first, header)
 	}
-	var c cloudConfig
-	if err := decodeStrict(doc, &c); err != nil {
-		return nil, err
+	c, plain := plainUserData(doc)
+	if !plain {
+		c = cloudConfig{}
+		if err := decodeStrict(doc, &c); err != nil {
+			return nil, err
+		}
 	}
 	if len(c.WriteFiles) == 0 {
 		return nil, invalid("write_files is missing")
