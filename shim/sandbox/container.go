@@ -62,7 +62,13 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 		return nil, err
 	}
 	if root.Own {
-		converted.OCI.Mounts, storages = nil, nil
+		// All that the agent's own program has a use for. The rest would only have
+		// to be decoded, on the way to every pod's start.
+		converted.OCI = &agentpb.Spec{
+			Annotations: converted.OCI.Annotations, Root: &agentpb.Root{}, Process: &agentpb.Process{},
+			Linux: &agentpb.Linux{Sysctl: converted.OCI.GetLinux().GetSysctl()},
+		}
+		storages = nil
 	} else if err := plan.Copy(ctx, g.Conn); err != nil {
 		return nil, err
 	}

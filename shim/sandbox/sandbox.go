@@ -195,7 +195,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	if _, err := guest.Agent(actx, conn, agentpb.AgentServiceService.CreateSandbox, s.createRequest(spc)); err != nil {
 		return fmt.Errorf("make the sandbox in the pod VM: %w", err)
 	}
-	d, err := guest.Agent(actx, conn, agentpb.AgentServiceService.GetGuestDetails, &agentpb.GuestDetailsRequest{MemBlockSize: true, MemHotplugProbe: true})
+	d, err := guest.Agent(actx, conn, agentpb.AgentServiceService.GetGuestDetails, &agentpb.GuestDetailsRequest{})
 	if err != nil {
 		return fmt.Errorf("ask the agent for its features: %w", err)
 	}

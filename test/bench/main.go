@@ -63,12 +63,10 @@ func run(ctx context.Context, bin, podvm, out string, runs int) (err error) {
 	return memory(ctx, bed)
 }
 
-// start runs a pod, calls f with it and removes it. It returns how long RunPodSandbox
-// took.
+// start runs a pod, calls f with it and removes it. It returns how long the pod took
+// to be ready.
 func start(ctx context.Context, bed *testbed.Bed, name string, f func(*e2e.Pod) error) (time.Duration, error) {
-	begin := time.Now()
 	p, err := e2e.RunPod(ctx, bed, name, testbed.Handler, nil)
-	took := time.Since(begin)
 	if err != nil {
 		return 0, err
 	}
@@ -78,7 +76,7 @@ func start(ctx context.Context, bed *testbed.Bed, name string, f func(*e2e.Pod) 
 	if err := p.Remove(ctx); err != nil {
 		return 0, err
 	}
-	return took, idle(ctx)
+	return p.Took, idle(ctx)
 }
 
 // idle waits until no virtual machine is left, so that one start is not measured

@@ -10,17 +10,20 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/kata-remote/kata-remote/test/testbed"
 )
 
 // Pod is one pod on the bed, driven through CRI as the kubelet would.
 type Pod struct {
-	bed    *testbed.Bed
-	Name   string
-	ID     string
-	IP     string
-	Logs   string // folder of the containers' logs on the node
+	bed  *testbed.Bed
+	Name string
+	ID   string
+	IP   string
+	Logs string // folder of the containers' logs on the node
+	// Took is how long `crictl runp` took: RunPodSandbox, and crictl's own start.
+	Took   time.Duration
 	config string // file with the pod's sandbox configuration
 }
 
@@ -55,9 +58,11 @@ func RunPod(ctx context.Context, bed *testbed.Bed, name, handler string, annotat
 		args = append(args, "--runtime", handler)
 	}
 	var err error
+	start := time.Now()
 	if p.ID, err = bed.Crictl(ctx, append(args, p.config)...); err != nil {
 		return nil, err
 	}
+	p.Took = time.Since(start)
 	out, err := bed.Crictl(ctx, "inspectp", "-o", "json", p.ID)
 	if err != nil {
 		return p, err

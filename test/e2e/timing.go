@@ -62,15 +62,15 @@ func (s *Scenario) timing(ctx context.Context) (string, error) {
 	}
 	var b strings.Builder
 	row := func(name string, ms float64) { fmt.Fprintf(&b, "%-44s %9.1f ms\n", name, ms) }
-	rest := millis(s.PodStart)
+	rest := millis(s.pod.Took)
 	for _, st := range steps {
 		row("adaptor: "+st.Name, st.Millis)
 		rest -= st.Millis
 	}
 	row("CNI, containerd, shim and sandbox container", rest)
-	row("pod ready (RunPodSandbox)", millis(s.PodStart))
+	row("pod ready (crictl runp)", millis(s.pod.Took))
 	row("first container (create and start)", millis(s.ContainerStart))
 	row("a bare VM of the same size, to userspace", millis(bare))
-	fmt.Fprintf(&b, "pod ready / bare VM: %.2f", millis(s.PodStart)/millis(bare))
+	fmt.Fprintf(&b, "pod ready / bare VM: %.2f", millis(s.pod.Took)/millis(bare))
 	return b.String(), nil
 }
