@@ -248,13 +248,8 @@ func (sb *Sandbox) updateLocked(f func(*store.Record)) error {
 	return nil
 }
 
-// move takes the sandbox through e, on disk first, with what else f changes.
-func (sb *Sandbox) move(e event, f func(*store.Record)) error {
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
-	return sb.moveLocked(e, f)
-}
-
+// moveLocked takes the sandbox through e, on disk first, with what else f changes. mu
+// is held.
 func (sb *Sandbox) moveLocked(e event, f func(*store.Record)) error {
 	from := sb.rec.State
 	to, err := next(from, e)

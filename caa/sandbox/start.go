@@ -167,9 +167,7 @@ func (m *Manager) serve(sb *Sandbox, target agentproxy.Target, rec store.Record,
 // answer. One that has failed or is gone will not answer again: its sandbox goes, and
 // with it the agent socket, by which the shim learns of it.
 func (m *Manager) examine(ctx context.Context, sb *Sandbox) {
-	sb.mu.Lock()
-	rec := sb.rec
-	sb.mu.Unlock()
+	rec := sb.record()
 	if rec.State != StateRunning {
 		return
 	}
