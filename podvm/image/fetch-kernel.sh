@@ -44,7 +44,9 @@ newest() {
 fetch() {
 	tree=$cache/$2
 	[ -f "$tree/.complete" ] && return 0
-	work=$(mktemp -d "$cache/.fetch.XXXXXX")
+	work=$cache/.fetch # one at a time: a killed run's is ours to replace
+	rm -rf "$work"
+	mkdir "$work"
 	trap 'rm -rf "$work"' EXIT
 	# apt drops its rights to _apt for a download; the directory must be its to write.
 	chmod 755 "$work"
