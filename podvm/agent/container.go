@@ -384,7 +384,14 @@ func (c *container) freeze(ctx context.Context, to ContainerState) error {
 	if err != nil {
 		return fmt.Errorf("make container %s %s: %w", c.id, to, err)
 	}
-	return c.to(to)
+	if err := c.to(to); err != nil {
+		// Thawed, it takes a signal that waited and may have ended before this line.
+		if _, ended := c.in(StateStopped); to == StateRunning && ended == nil {
+			return nil
+		}
+		return err
+	}
+	return nil
 }
 
 // errRemoved says that somebody else removed the container first.
