@@ -127,6 +127,9 @@ func (s *Sandbox) Start(ctx context.Context, spc *specs.Spec, role spec.Role, cf
 	if err != nil {
 		return err
 	}
+	if err := spec.Check(spc); err != nil {
+		return err
+	}
 	if _, err := os.Stat(netns); err != nil {
 		return fmt.Errorf("network namespace of the sandbox: %w: %w", err, errdefs.ErrInvalidArgument)
 	}

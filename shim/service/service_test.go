@@ -22,11 +22,13 @@ import (
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
+	"github.com/kata-remote/kata-remote/shim/shimtest"
 	"github.com/kata-remote/kata-remote/shim/stdio"
 )
 
@@ -327,6 +329,35 @@ func TestRollback(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// TestRefusedBeforeTheMachine has pods that want what only the node has: Create says
+// so, and nobody is asked for a machine.
+func TestRefusedBeforeTheMachine(t *testing.T) {
+	without := func(kind specs.LinuxNamespaceType) func(*specs.Spec) {
+		return func(s *specs.Spec) {
+			s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == kind })
+		}
+	}
+	for want, change := range map[string]func(*specs.Spec){
+		"hostNetwork": without(specs.NetworkNamespace),
+		"hostPID":     without(specs.PIDNamespace),
+		"hostIPC":     without(specs.IPCNamespace),
+		"/dev/sda": func(s *specs.Spec) {
+			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sda", Type: "b", Major: 8}}
+		},
+	} {
+		e := newEnv(t, ours)
+		spc := shimtest.Spec(e.netns, map[string]string{annotation.ContainerType: annotation.ContainerTypeSandbox, annotation.SandboxID: "pod"}, "pause")
+		change(spc)
+		_, err := e.svc.Create(e.ctx, &taskapi.CreateTaskRequest{ID: "pod", Bundle: shimtest.Bundle(t, spc), Options: e.options})
+		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "another machine") {
+			t.Errorf("%s: %v", want, err)
+		}
+		if vm := e.adaptor.VM("pod"); vm != nil || len(e.adaptor.Stops()) > 0 {
+			t.Errorf("%s: a machine was asked for: %v", want, vm)
+		}
+	}
 }
 
 // TestPodEndsWithItsSandbox has the sandbox's container killed first: the others exit

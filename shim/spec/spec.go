@@ -78,7 +78,8 @@ func Identity(s *specs.Spec, id string) (Role, string, error) {
 	return 0, "", fmt.Errorf("annotation %s of container %s is %q, not sandbox or container: %w", annotation.ContainerType, id, kind, errdefs.ErrInvalidArgument)
 }
 
-// NetNS is the path of the network namespace the spec wants its container in.
+// NetNS is the path of the network namespace the spec wants its container in. It
+// must be one of the pod's own, so the node's is InvalidArgument, however it is named.
 func NetNS(s *specs.Spec) (string, error) {
 	for _, ns := range s.Linux.Namespaces {
 		if ns.Type != specs.NetworkNamespace {
@@ -87,9 +88,31 @@ func NetNS(s *specs.Spec) (string, error) {
 		if ns.Path == "" {
 			return "", fmt.Errorf("the OCI spec has a network namespace without a path, and a pod VM needs one that is set up: with ctr, make one (ip netns add NAME) and pass --with-ns network:/run/netns/NAME: %w", errdefs.ErrInvalidArgument)
 		}
+		if ofNode(ns.Path) {
+			return "", refuseHost("network", "hostNetwork", "to be reached at the node's address use a Service of type NodePort or a hostPort (ctr: without --net-host)")
+		}
 		return ns.Path, nil
 	}
-	return "", fmt.Errorf("the OCI spec has no network namespace, and a pod VM cannot share the node's network: remove hostNetwork: true from the pod (ctr: --net-host), or use another runtime class: %w", errdefs.ErrInvalidArgument)
+	return "", refuseHost("network", "hostNetwork", "to be reached at the node's address use a Service of type NodePort or a hostPort (ctr: without --net-host)")
+}
+
+// ofNode tells whether a path leads to a namespace of this process, which lives in
+// the node's.
+func ofNode(path string) bool {
+	have, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	own, err := os.Stat("/proc/self/ns/net")
+	return err == nil && os.SameFile(have, own)
+}
+
+// refuseHost is the error for a pod that wants one of the node's namespaces. containerd
+// says so by leaving the namespace out of the spec (1.6 pkg/cri/server/sandbox_run_linux.go,
+// 2.4 internal/cri/server/podsandbox/sandbox_run_linux.go).
+func refuseHost(kind, field, instead string) error {
+	return fmt.Errorf("%s is not possible with this runtime class, because the pod runs on another machine than the node and cannot share the node's %s namespace: remove %s: true from the pod, or use a runtime class that runs on the node; %s: %w",
+		field, kind, field, instead, errdefs.ErrInvalidArgument)
 }
 
 // Options is what Convert needs besides the spec.
@@ -114,7 +137,7 @@ type Converted struct {
 
 // Convert makes the spec for the guest. It does not change s.
 func Convert(s *specs.Spec, o Options) (*Converted, error) {
-	if err := check(s); err != nil {
+	if err := Check(s); err != nil {
 		return nil, err
 	}
 	add := map[string]string{}
@@ -152,17 +175,18 @@ func Convert(s *specs.Spec, o Options) (*Converted, error) {
 	return out, nil
 }
 
-// check refuses what a pod VM cannot do.
-func check(s *specs.Spec) error {
+// Check refuses what a pod VM cannot do: namespaces, programs and devices of the
+// node. It needs nothing but the spec, so a pod is refused before it has a machine.
+func Check(s *specs.Spec) error {
 	for _, want := range []struct {
-		ns  specs.LinuxNamespaceType
-		fix string
+		ns             specs.LinuxNamespaceType
+		field, instead string
 	}{
-		{specs.PIDNamespace, "remove hostPID: true from the pod"},
-		{specs.IPCNamespace, "remove hostIPC: true from the pod"},
+		{specs.PIDNamespace, "hostPID", "the containers of the pod see each other's processes with shareProcessNamespace: true"},
+		{specs.IPCNamespace, "hostIPC", "the containers of the pod share an IPC namespace without it"},
 	} {
 		if !slices.ContainsFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == want.ns }) {
-			return fmt.Errorf("the OCI spec has no %s namespace, and a pod VM cannot share the node's: %s, or use another runtime class: %w", want.ns, want.fix, errdefs.ErrInvalidArgument)
+			return refuseHost(string(want.ns), want.field, want.instead)
 		}
 	}
 	if h := s.Hooks; h != nil {
@@ -174,7 +198,7 @@ func check(s *specs.Spec) error {
 	}
 	for _, d := range s.Linux.Devices {
 		if !virtual(d) {
-			return fmt.Errorf("device %s (%s %d:%d) of the node cannot be given to a pod VM: remove it from the container; for privileged pods set privileged_without_host_devices = true for this runtime in containerd's configuration: %w",
+			return fmt.Errorf("device %s (%s %d:%d) is the node's and cannot be given to a pod, which runs on another machine: remove it from the container; for privileged pods set privileged_without_host_devices = true for this runtime in containerd's configuration: %w",
 				d.Path, d.Type, d.Major, d.Minor, errdefs.ErrInvalidArgument)
 		}
 	}

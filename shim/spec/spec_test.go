@@ -129,9 +129,14 @@ func TestNetNS(t *testing.T) {
 	if _, err := NetNS(s); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "--with-ns network:/run/netns/NAME") {
 		t.Errorf("no path: %v", err)
 	}
-	s.Linux.Namespaces = nil
-	if _, err := NetNS(s); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "hostNetwork") {
-		t.Errorf("no namespace: %v", err)
+	for name, ns := range map[string][]specs.LinuxNamespace{
+		"no namespace":     nil,
+		"the node's, open": {{Type: specs.NetworkNamespace, Path: "/proc/self/ns/net"}},
+	} {
+		s.Linux.Namespaces = ns
+		if _, err := NetNS(s); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "hostNetwork") || !strings.Contains(err.Error(), "another machine") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

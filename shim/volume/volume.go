@@ -152,7 +152,17 @@ func refuse(m specs.Mount, fi os.FileInfo) error {
 	case subPathRE.MatchString(m.Source):
 		what, fix = "the subPath directory", "mount the whole volume instead of a subPath of it"
 	}
-	return fmt.Errorf("%s %s is on the node, and a pod VM shares no file system with it: %s: %w", what, m.Source, fix, errdefs.ErrInvalidArgument)
+	shares := "shares no file system with it"
+	if propagates(m) {
+		shares += ", so no mount propagates between the two (mountPropagation)"
+	}
+	return fmt.Errorf("%s %s is on the node, and a pod VM %s: %s: %w", what, m.Source, shares, fix, errdefs.ErrInvalidArgument)
+}
+
+// propagates tells whether the pod asked for the node's mounts to appear in it, or its
+// own on the node.
+func propagates(m specs.Mount) bool {
+	return slices.ContainsFunc(m.Options, func(o string) bool { return slices.Contains([]string{"rslave", "slave", "rshared", "shared"}, o) })
 }
 
 func isTmpfs(path string) bool {

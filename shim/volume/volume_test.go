@@ -176,6 +176,7 @@ func TestRefused(t *testing.T) {
 		want  string
 	}{
 		"directory": {bind(dir, "/host"), "the directory"},
+		"propagate": {bind(dir, "/host", "rslave"), "mountPropagation"},
 		"socket":    {bind(filepath.Join(dir, "sock"), "/host"), "the socket"},
 		"device":    {bind("/dev/null", "/host"), "the device"},
 		"file":      {bind(file, "/host"), "mount it read-only"},
