@@ -130,7 +130,7 @@ type Agent struct {
 	sandboxOp chan struct{} // holds one token; serialises what changes the sandbox as a whole
 
 	volMu   sync.Mutex
-	volumes map[string]*mountedStorage // guarded by volMu; by mount point
+	volumes map[string]*storage // guarded by volMu; by mount point
 }
 
 // ContainerID names a container of the pod.
@@ -182,7 +182,7 @@ func New(cfg Config) (*Agent, error) {
 		files:      newFileCopier(filepath.Join(cfg.StateDir, "shared", "containers")),
 		setClock:   setClock,
 		containers: make(map[ContainerID]*container),
-		volumes:    make(map[string]*mountedStorage),
+		volumes:    make(map[string]*storage),
 		sandboxOp:  make(chan struct{}, 1),
 	}
 	a.life, a.endLife = context.WithCancel(context.Background())

@@ -32,6 +32,8 @@ type container struct {
 	id    ContainerID
 	agent *Agent
 	op    chan struct{} // holds one token: the operation lock
+	// abandon ends the creation under way: nobody wants the container any more.
+	abandon context.CancelFunc
 
 	// Set by create, before the state is StateCreated.
 	spec      *specs.Spec
@@ -134,7 +136,7 @@ func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequ
 	a := c.agent
 	c.spec = toSpec(req.OCI)
 	for _, s := range req.Storages {
-		if err := a.addStorage(s); err != nil {
+		if err := a.addStorage(ctx, c.id, s); err != nil {
 			return err
 		}
 		c.storages = append(c.storages, filepath.Clean(s.MountPoint))
@@ -400,6 +402,7 @@ var errRemoved = errors.New("removed meanwhile")
 // remove kills what runs and releases everything. A second call finds the container
 // gone or, after an error, goes on where the first stopped.
 func (c *container) remove(ctx context.Context) error {
+	c.abandon()
 	if err := c.lock(ctx); err != nil {
 		return err
 	}

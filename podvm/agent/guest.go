@@ -43,10 +43,8 @@ func (s *service) GetGuestDetails(context.Context, *agentpb.GuestDetailsRequest)
 		Version:         s.a.cfg.Version,
 		InitDaemon:      os.Getpid() == 1,
 		SupportsSeccomp: seccomp.Enabled,
+		StorageHandlers: storageDriverNames(),
 		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause)},
-	}
-	for _, driver := range storageDrivers {
-		d.StorageHandlers = append(d.StorageHandlers, driver.name)
 	}
 	return &agentpb.GuestDetailsResponse{AgentDetails: d}, nil
 }

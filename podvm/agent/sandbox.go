@@ -72,7 +72,7 @@ func (a *Agent) createSandbox(ctx context.Context, req *agentpb.CreateSandboxReq
 		return fmt.Errorf("make the namespaces of sandbox %s: %w", sb.id, err)
 	}
 	for _, s := range req.Storages {
-		if err := a.addStorage(s); err != nil {
+		if err := a.addStorage(ctx, "", s); err != nil {
 			return err
 		}
 		sb.storages = append(sb.storages, filepath.Clean(s.MountPoint))

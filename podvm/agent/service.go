@@ -80,6 +80,8 @@ func (a *Agent) createContainer(ctx context.Context, req *agentpb.CreateContaine
 	c := &container{id: ContainerID(req.ContainerId), agent: a, op: make(chan struct{}, 1), initExec: ExecID(req.ExecId)}
 	c.op <- struct{}{} // ours until the container is created
 	defer c.unlock()
+	ctx, c.abandon = context.WithCancel(ctx)
+	defer c.abandon()
 	a.mu.Lock()
 	sb := a.sandbox
 	switch {

@@ -3,10 +3,13 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,192 +18,170 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountedStorage is one storage that exists.
-type mountedStorage struct {
-	refs    int
-	mounted bool
+// storageDriver makes one kind of storage.
+type storageDriver struct {
 	// lasting: it is the pod's and not its containers'. An emptyDir keeps its content
 	// when the only container that uses it is replaced, or while an init container
 	// has gone and the next has not come.
 	lasting bool
+	// make makes the storage at r.at, where a directory is. It may take as long as
+	// ctx lasts: other storages do not wait for it. undo takes away what was mounted
+	// there and leaves the directory; nil: a directory with what is in it is all
+	// there is. After an error nothing is left but the directory.
+	make func(ctx context.Context, a *Agent, r *storageRequest) (undo func() error, err error)
 }
 
-// storageDriver makes one kind of storage at dir, an open directory. It tells
-// whether it mounted something there.
-type storageDriver struct {
-	name    string
-	lasting bool
-	make    func(s *agentpb.Storage, o storageOptions, dir *os.File) (mounted bool, err error)
+// storageDrivers are those GetGuestDetails reports, by the name a Storage has them
+// under. A driver is added here.
+var storageDrivers = map[string]storageDriver{
+	"ephemeral": {lasting: true, make: mountEphemeral},
+	"local":     {lasting: true, make: makeLocal},
+	"bind":      {make: mountBind},
 }
 
-// storageDrivers are those GetGuestDetails reports. A driver is added here.
-var storageDrivers = []storageDriver{
-	{name: "ephemeral", lasting: true, make: mountEphemeral},
-	{name: "local", lasting: true, make: makeLocal},
-	{name: "bind", make: mountBind},
+func storageDriverNames() []string { return slices.Sorted(maps.Keys(storageDrivers)) }
+
+// storageRequest is a storage that is to be made.
+type storageRequest struct {
+	*agentpb.Storage
+	container ContainerID // empty: it is the sandbox's
+	at        string      // the mount point, clean, below the state directory
+	dir       *os.File    // the directory there, open, reached without a symbolic link
+	opts      storageOptions
 }
 
-// storageOptions is a storage's list of options, taken apart.
-type storageOptions struct {
-	flags uintptr
-	data  []string // for the file system
-	mode  string   // octal; empty: unsaid
-	gid   int      // -1: unsaid
-}
-
-var mountFlags = map[string]uintptr{
-	"ro": unix.MS_RDONLY, "nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC,
-	"noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME, "relatime": unix.MS_RELATIME,
-	"sync": unix.MS_SYNCHRONOUS, "dirsync": unix.MS_DIRSYNC, "bind": unix.MS_BIND, "rbind": unix.MS_BIND | unix.MS_REC,
-	"rw": 0, "suid": 0, "dev": 0, "exec": 0, "defaults": 0,
-}
-
-func parseStorageOptions(s *agentpb.Storage) (storageOptions, error) {
-	o := storageOptions{gid: -1}
-	if s.FsGroup != nil {
-		o.gid = int(s.FsGroup.GroupId)
+// mount mounts over the directory and returns what takes it away again. The flags
+// apply to what becomes visible; a bind takes all but MS_REC from a second call.
+func (r *storageRequest) mount(source, fstype string, flags uintptr, data string) (undo func() error, err error) {
+	first, rest := flags, uintptr(0)
+	if flags&unix.MS_BIND != 0 {
+		first, rest = flags&(unix.MS_BIND|unix.MS_REC), flags&^(unix.MS_BIND|unix.MS_REC)
 	}
-	for _, opt := range s.Options {
-		for _, one := range strings.Split(opt, ",") {
-			key, value, _ := strings.Cut(one, "=")
-			if flag, ok := mountFlags[one]; ok {
-				o.flags |= flag
-				continue
-			}
-			switch key {
-			case "fsgid":
-				gid, err := strconv.ParseUint(value, 10, 31)
-				if err != nil {
-					return o, fmt.Errorf("storage %s: option %q is not a group id: %w", s.MountPoint, one, errdefs.ErrInvalidArgument)
-				}
-				o.gid = int(gid)
-			case "mode":
-				if _, err := strconv.ParseUint(value, 8, 12); err != nil {
-					return o, fmt.Errorf("storage %s: option %q is not an octal mode: %w", s.MountPoint, one, errdefs.ErrInvalidArgument)
-				}
-				o.mode = value
-			case "":
-			default:
-				o.data = append(o.data, one)
-			}
+	if err := unix.Mount(source, fdPath(r.dir), fstype, first, data); err != nil {
+		return nil, fmt.Errorf("mount: %w", err)
+	}
+	undo = func() error { return unmount(r.at) }
+	if rest != 0 {
+		// r.dir is what lies beneath; the mount is found by name.
+		if err := unix.Mount("", r.at, "", unix.MS_REMOUNT|unix.MS_BIND|rest, ""); err != nil {
+			return nil, errors.Join(fmt.Errorf("remount: %w", err), undo())
 		}
 	}
-	return o, nil
+	return undo, nil
 }
 
-// perm is the mode the options ask for, or otherwise. A group that owns the volume
-// may write to it, and so may what is made in it.
-func (o storageOptions) perm(otherwise uint32) uint32 {
-	perm := otherwise
-	if o.mode != "" {
-		m, _ := strconv.ParseUint(o.mode, 8, 12) // checked when it was parsed
-		perm = uint32(m)
-	}
-	if o.gid >= 0 {
-		perm |= unix.S_ISGID | 0o070
-	}
-	return perm
-}
-
-// own gives the directory its mode and group.
-func (o storageOptions) own(path string, otherwise uint32) error {
-	if o.gid >= 0 {
-		if err := unix.Chown(path, -1, o.gid); err != nil {
-			return fmt.Errorf("chown: %w", err)
-		}
-	}
-	if o.gid >= 0 || o.mode != "" {
-		if err := unix.Chmod(path, o.perm(otherwise)); err != nil {
-			return fmt.Errorf("chmod: %w", err)
-		}
+// unmount takes the topmost mount away. None there is no error.
+func unmount(path string) error {
+	err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount %s: %w", path, err)
 	}
 	return nil
 }
 
-// mountEphemeral mounts a file system in memory: an emptyDir with medium Memory, or
-// the pod's /dev/shm.
-func mountEphemeral(s *agentpb.Storage, o storageOptions, dir *os.File) (bool, error) {
-	fstype := s.Fstype
-	if fstype == "" {
-		fstype = "tmpfs"
-	}
-	if fstype != "tmpfs" && fstype != "hugetlbfs" {
-		return false, fmt.Errorf("fstype %q is neither tmpfs nor hugetlbfs: %w", fstype, errdefs.ErrInvalidArgument)
-	}
-	data := o.data
-	if o.mode != "" {
-		data = append(data, "mode="+o.mode)
-	}
-	if err := unix.Mount(s.Source, fdPath(dir), fstype, o.flags, strings.Join(data, ",")); err != nil {
-		return false, fmt.Errorf("mount %s with %q: %w", fstype, strings.Join(data, ","), err)
-	}
-	// dir is what lies beneath; the mount is found by name.
-	return true, o.own(filepath.Clean(s.MountPoint), 0o1777)
-}
-
-// makeLocal makes a directory of the guest: an emptyDir without a medium.
-func makeLocal(_ *agentpb.Storage, o storageOptions, dir *os.File) (bool, error) {
-	return false, o.own(fdPath(dir), 0o755)
-}
-
-// mountBind shows a directory of the guest at another place.
-func mountBind(s *agentpb.Storage, o storageOptions, dir *os.File) (bool, error) {
-	flags := o.flags | unix.MS_BIND
-	if err := unix.Mount(s.Source, fdPath(dir), "", flags&(unix.MS_BIND|unix.MS_REC), ""); err != nil {
-		return false, fmt.Errorf("bind %s: %w", s.Source, err)
-	}
-	// A bind takes its other flags only from a second call.
-	if rest := flags &^ (unix.MS_BIND | unix.MS_REC); rest != 0 {
-		if err := unix.Mount("", filepath.Clean(s.MountPoint), "", unix.MS_REMOUNT|unix.MS_BIND|rest, ""); err != nil {
-			return true, fmt.Errorf("remount: %w", err)
-		}
-	}
-	return true, nil
-}
-
 func fdPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
 
-// addStorage makes a storage or takes another reference to it. InvalidArgument: an
-// unknown driver, or a mount point outside of the state directory.
-func (a *Agent) addStorage(s *agentpb.Storage) error {
-	at := filepath.Clean(s.MountPoint)
-	rel, err := filepath.Rel(a.cfg.StateDir, at)
-	if err != nil || !filepath.IsLocal(rel) || rel == "." {
-		return fmt.Errorf("storage %q: the mount point is not below %s: %w", s.MountPoint, a.cfg.StateDir, errdefs.ErrInvalidArgument)
+// storage is one that exists, or is being made.
+type storage struct {
+	driver string
+	refs   int           // guarded by Agent.volMu
+	ready  chan struct{} // closed when it was made or could not be
+	// Set before ready is closed.
+	err   error
+	undo  func() error // as storageDriver.make returns it
+	flags uintptr      // it was mounted with
+}
+
+// addStorage makes a storage or takes another reference to it; container is empty
+// for those of the sandbox. InvalidArgument: an unknown driver, an option no driver
+// has, a mount point outside of the state directory or one that another driver has.
+func (a *Agent) addStorage(ctx context.Context, container ContainerID, s *agentpb.Storage) error {
+	at, rel, err := a.mountPoint(s)
+	if err != nil {
+		return err
 	}
-	var driver *storageDriver
-	for i := range storageDrivers {
-		if storageDrivers[i].name == s.Driver {
-			driver = &storageDrivers[i]
-		}
-	}
-	if driver == nil {
-		return fmt.Errorf("storage %s: this agent has no driver %q: %w", at, s.Driver, errdefs.ErrInvalidArgument)
+	driver, ok := storageDrivers[s.Driver]
+	if !ok {
+		return fmt.Errorf("storage %s: this agent has no driver %q, only %s: %w", at, s.Driver, strings.Join(storageDriverNames(), ", "), errdefs.ErrInvalidArgument)
 	}
 	opts, err := parseStorageOptions(s)
 	if err != nil {
 		return err
 	}
+	for {
+		v, mine, err := a.reserveStorage(at, s.Driver)
+		if err != nil {
+			return err
+		}
+		if mine {
+			v.undo, v.err = a.makeStorage(ctx, driver, rel, &storageRequest{Storage: s, container: container, at: at, opts: opts})
+			v.flags = opts.flags
+			if v.err != nil {
+				a.volMu.Lock()
+				delete(a.volumes, at)
+				a.volMu.Unlock()
+			}
+			close(v.ready)
+			return v.err
+		}
+		select {
+		case <-v.ready:
+		case <-ctx.Done():
+			// The one that makes it still holds a reference.
+			a.volMu.Lock()
+			v.refs--
+			a.volMu.Unlock()
+			return fmt.Errorf("storage %s: wait for the one that makes it: %w", at, ctx.Err())
+		}
+		if v.err == nil {
+			return nil
+		}
+		// What the other could not do may be its context's fault: try with ours.
+	}
+}
+
+// mountPoint checks where a storage is to be; rel is that below the state directory.
+func (a *Agent) mountPoint(s *agentpb.Storage) (at, rel string, err error) {
+	at = filepath.Clean(s.MountPoint)
+	rel, err = filepath.Rel(a.cfg.StateDir, at)
+	if err != nil || !filepath.IsLocal(rel) || rel == "." {
+		return "", "", fmt.Errorf("storage %q: the mount point is not below %s: %w", s.MountPoint, a.cfg.StateDir, errdefs.ErrInvalidArgument)
+	}
+	return at, rel, nil
+}
+
+// reserveStorage takes a reference, and tells whether the caller is to make it.
+func (a *Agent) reserveStorage(at, driver string) (v *storage, mine bool, err error) {
 	a.volMu.Lock()
 	defer a.volMu.Unlock()
 	if have := a.volumes[at]; have != nil {
-		have.refs++
-		return nil
-	}
-	dir, err := a.openBelow(rel)
-	if err != nil {
-		return fmt.Errorf("storage %s: %w", at, err)
-	}
-	defer dir.Close()
-	mounted, err := driver.make(s, opts, dir)
-	if err != nil {
-		if mounted {
-			err = errors.Join(err, unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
+		if have.driver != driver {
+			return nil, false, fmt.Errorf("storage %s: it is there already with driver %s, not %s: %w", at, have.driver, driver, errdefs.ErrInvalidArgument)
 		}
-		return fmt.Errorf("storage %s: driver %s: %w", at, s.Driver, err)
+		have.refs++
+		return have, false, nil
 	}
-	a.volumes[at] = &mountedStorage{refs: 1, mounted: mounted, lasting: driver.lasting}
-	return nil
+	v = &storage{driver: driver, refs: 1, ready: make(chan struct{})}
+	a.volumes[at] = v
+	return v, true, nil
+}
+
+// makeStorage has a driver make a storage.
+func (a *Agent) makeStorage(ctx context.Context, driver storageDriver, rel string, r *storageRequest) (undo func() error, err error) {
+	if r.dir, err = a.openBelow(rel); err != nil {
+		return nil, fmt.Errorf("storage %s: %w", r.at, err)
+	}
+	defer r.dir.Close()
+	if undo, err = driver.make(ctx, a, r); err == nil && r.FsGroup != nil {
+		if err = giveToGroup(r.at, r.FsGroup, r.opts.flags&unix.MS_RDONLY != 0); err != nil && undo != nil {
+			err = errors.Join(err, undo())
+		}
+	}
+	if err != nil {
+		a.removeEmptyDirs(r.at)
+		return nil, fmt.Errorf("storage %s: driver %s: %w", r.at, r.Driver, err)
+	}
+	return undo, nil
 }
 
 // openBelow makes and opens a directory below the state directory. No symbolic link
@@ -226,17 +207,17 @@ func (a *Agent) dropStorage(at string) error {
 	if v == nil {
 		return nil
 	}
-	if v.refs--; v.refs > 0 || v.lasting {
+	if v.refs--; v.refs > 0 || storageDrivers[v.driver].lasting {
 		return nil
 	}
-	return a.unmountStorage(at, v)
+	return a.removeStorage(at, v)
 }
 
-// unmountStorage takes a storage away. volMu is held.
-func (a *Agent) unmountStorage(at string, v *mountedStorage) error {
-	if v.mounted {
-		if err := unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("unmount storage %s: %w", at, err)
+// removeStorage takes a storage away. volMu is held.
+func (a *Agent) removeStorage(at string, v *storage) error {
+	if v.undo != nil {
+		if err := v.undo(); err != nil {
+			return fmt.Errorf("storage %s: %w", at, err)
 		}
 		if err := os.Remove(at); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("remove storage %s: %w", at, err)
@@ -245,11 +226,16 @@ func (a *Agent) unmountStorage(at string, v *mountedStorage) error {
 		return fmt.Errorf("remove storage %s: %w", at, err)
 	}
 	delete(a.volumes, at)
-	// Directories above that were made for it go when they are empty.
-	for dir := filepath.Dir(at); dir != a.cfg.StateDir && os.Remove(dir) == nil; {
+	a.removeEmptyDirs(filepath.Dir(at))
+	return nil
+}
+
+// removeEmptyDirs removes a directory and those above that were made for it, as far
+// as nothing is in them.
+func (a *Agent) removeEmptyDirs(dir string) {
+	for dir != a.cfg.StateDir && os.Remove(dir) == nil {
 		dir = filepath.Dir(dir)
 	}
-	return nil
 }
 
 // dropAllStorage takes every storage away: the pod is gone.
@@ -258,7 +244,7 @@ func (a *Agent) dropAllStorage() error {
 	defer a.volMu.Unlock()
 	var errs []error
 	for at, v := range a.volumes {
-		errs = append(errs, a.unmountStorage(at, v))
+		errs = append(errs, a.removeStorage(at, v))
 	}
 	return errors.Join(errs...)
 }
