@@ -67,6 +67,23 @@ $(OUT)/containerd2/containerd $(OUT)/containerd17/containerd: $(OUT)/%/container
 		$(CONTAINERD)/cmd/containerd $(CONTAINERD)/cmd/containerd-shim-runc-v2 $(CONTAINERD)/cmd/ctr
 	@touch $@
 
+# Kubernetes: its servers with etcd and kubectl in one program, the program of its test
+# images, its own test suite and what runs the suite in several processes. The version
+# is go.mod's. What is linked into a program with -X is what a release's build says.
+KUBE_VERSION = $(shell cd test/tools/kube && $(GO) list -m -f "{{.Version}}" k8s.io/kubernetes)
+KUBE_STAMPS  = $(foreach p,k8s.io/component-base/version k8s.io/client-go/pkg/version, \
+	-X $(p).gitVersion=$(KUBE_VERSION) -X $(p).gitTreeState=clean -X $(p).gitCommit=$(KUBE_VERSION) \
+	-X $(p).gitMajor=$(word 1,$(subst ., ,$(KUBE_VERSION:v%=%))) -X $(p).gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))) \
+	-X $(p).buildDate=1970-01-01T00:00:00Z)
+$(OUT)/kube/e2e.test: $(wildcard test/tools/kube/go.* test/tools/kube/*.go test/tools/kube/kube-all/*.go)
+	@mkdir -p $(@D)
+	@echo "building Kubernetes $(KUBE_VERSION) and its test suite (5 to 15 minutes on two cores the first time)" >&2
+	@cd test/tools/kube && export CGO_ENABLED=0 && \
+	$(GO) build -ldflags '-s -w $(KUBE_STAMPS)' -o $(@D)/ ./kube-all && \
+	$(GO) build -ldflags '-s -w' -o $(@D)/ k8s.io/kubernetes/test/images/agnhost github.com/onsi/ginkgo/v2/ginkgo && \
+	$(GO) test -c -ldflags '-s -w $(KUBE_STAMPS)' -o $@ k8s.io/kubernetes/test/e2e
+	@touch $@
+
 demo: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/demo ./test/demo
 	@$(BIN)/demo -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/demo $(if $(KEEP),-keep)

@@ -8,7 +8,7 @@
 set -eu
 
 packages="qemu-system-x86 containerd runc containernetworking-plugins busybox-static
-gcc libc6-dev libseccomp-dev pkg-config iproute2 iptables protobuf-compiler libprotobuf-dev"
+gcc libc6-dev libseccomp-dev pkg-config bash-static iproute2 iptables protobuf-compiler libprotobuf-dev"
 
 missing=
 for p in $packages; do
