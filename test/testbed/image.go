@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -25,9 +26,20 @@ const (
 	BusyboxImage = "localhost/busybox:1"
 )
 
-var images = map[string]func(*Bed, string) error{
-	"pause":   (*Bed).pauseImage,
-	"busybox": (*Bed).busyboxImage,
+// Image is an image that is made on the spot.
+type Image struct {
+	Ref    string
+	Files  []File
+	Config v1.Config
+}
+
+// File is one entry of an image: a folder when the name ends with a slash, a link
+// when it has a target. Names have no slash in front.
+type File struct {
+	Name   string
+	Mode   int64
+	Data   []byte
+	Target string
 }
 
 // pauseSource is what a pod's first container runs: nothing, until it is asked to
@@ -60,37 +72,41 @@ func main() {
 }
 `
 
-func (b *Bed) pauseImage(out string) error {
-	dir := filepath.Join(b.Out, "pause")
+// Build compiles a Go program of one file that uses the standard library alone, for
+// images.
+func (b *Bed) Build(ctx context.Context, name, source string) ([]byte, error) {
+	dir := filepath.Join(b.Out, "build", name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(pauseSource), 0o644); err != nil {
-		return err
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(source), 0o644); err != nil {
+		return nil, err
 	}
-	bin := filepath.Join(dir, "pause")
-	if _, err := Run(context.Background(), "env", "CGO_ENABLED=0", "go", "build", "-ldflags=-s -w", "-o", bin, filepath.Join(dir, "main.go")); err != nil {
-		return err
+	bin := filepath.Join(dir, name)
+	if _, err := Run(ctx, "env", "CGO_ENABLED=0", "go", "build", "-ldflags=-s -w", "-o", bin, filepath.Join(dir, "main.go")); err != nil {
+		return nil, err
 	}
-	program, err := os.ReadFile(bin)
-	if err != nil {
-		return err
-	}
-	return writeImage(out, PauseImage, []entry{{"pause", 0o755, program, ""}}, v1.Config{Entrypoint: []string{"/pause"}})
+	return os.ReadFile(bin)
 }
 
-// busyboxImage is Debian's static busybox with a link for each of its applets.
-func (b *Bed) busyboxImage(out string) error {
+// Pause is the image of a pod's first container.
+func (b *Bed) Pause(ctx context.Context) (Image, error) {
+	program, err := b.Build(ctx, "pause", pauseSource)
+	return Image{PauseImage, []File{{"pause", 0o755, program, ""}}, v1.Config{Entrypoint: []string{"/pause"}}}, err
+}
+
+// Busybox is Debian's static busybox with a link for each of its applets.
+func (b *Bed) Busybox(ctx context.Context) (Image, error) {
 	const path = "/bin/busybox"
 	program, err := os.ReadFile(path)
 	if err != nil {
-		return err
+		return Image{}, err
 	}
-	applets, err := Run(context.Background(), path, "--list")
+	applets, err := Run(ctx, path, "--list")
 	if err != nil {
-		return err
+		return Image{}, err
 	}
-	es := []entry{
+	files := []File{
 		{"bin/", 0o755, nil, ""}, {"etc/", 0o755, nil, ""}, {"tmp/", 0o1777, nil, ""}, {"root/", 0o700, nil, ""}, {"www/", 0o755, nil, ""},
 		{"proc/", 0o755, nil, ""}, {"sys/", 0o755, nil, ""}, {"dev/", 0o755, nil, ""},
 		{"bin/busybox", 0o755, program, ""},
@@ -100,36 +116,48 @@ func (b *Bed) busyboxImage(out string) error {
 	}
 	for a := range strings.FieldsSeq(applets) {
 		if a != "busybox" {
-			es = append(es, entry{"bin/" + a, 0o777, nil, "busybox"})
+			files = append(files, File{"bin/" + a, 0o777, nil, "busybox"})
 		}
 	}
-	return writeImage(out, BusyboxImage, es, v1.Config{Cmd: []string{"/bin/sh"}})
+	return Image{BusyboxImage, files, v1.Config{Cmd: []string{"/bin/sh"}}}, nil
 }
 
-// entry is one file of an image: a folder when the name ends with a slash, a link
-// when it has a target.
-type entry struct {
-	name   string
-	mode   int64
-	data   []byte
-	target string
+// Import gives images to the running containerd, where CRI finds them.
+func (b *Bed) Import(ctx context.Context, images ...Image) error {
+	for _, img := range images {
+		archive := filepath.Join(b.Out, "image.tar")
+		if err := img.write(archive); err != nil {
+			return fmt.Errorf("make image %s: %w", img.Ref, err)
+		}
+		args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
+		if b.Generation.V2 {
+			args = append(args, "--local") // its transfer service wants a platform's unpacker configured
+		}
+		if _, err := Run(ctx, b.program("ctr"), append(args, archive)...); err != nil {
+			return err
+		}
+		os.Remove(archive)
+	}
+	return nil
 }
 
-func writeImage(out, ref string, es []entry, cfg v1.Config) error {
+// write makes an archive that ctr imports. Of files of the same name the last one
+// counts, as in any archive.
+func (i Image) write(out string) error {
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
-	for _, e := range es {
-		h := &tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.data)), ModTime: time.Unix(0, 0), Typeflag: tar.TypeReg}
+	for _, e := range i.Files {
+		h := &tar.Header{Name: e.Name, Mode: e.Mode, Size: int64(len(e.Data)), ModTime: time.Unix(0, 0), Typeflag: tar.TypeReg}
 		switch {
-		case e.target != "":
-			h.Typeflag, h.Linkname = tar.TypeSymlink, e.target
-		case strings.HasSuffix(e.name, "/"):
+		case e.Target != "":
+			h.Typeflag, h.Linkname = tar.TypeSymlink, e.Target
+		case strings.HasSuffix(e.Name, "/"):
 			h.Typeflag = tar.TypeDir
 		}
 		if err := w.WriteHeader(h); err != nil {
 			return err
 		}
-		if _, err := w.Write(e.data); err != nil {
+		if _, err := w.Write(e.Data); err != nil {
 			return err
 		}
 	}
@@ -140,6 +168,7 @@ func writeImage(out, ref string, es []entry, cfg v1.Config) error {
 	if err != nil {
 		return err
 	}
+	cfg := i.Config
 	cfg.Env = append(cfg.Env, "PATH=/usr/local/bin:/usr/bin:/bin")
 	img, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{
 		Architecture: "amd64", OS: "linux", Config: cfg, RootFS: v1.RootFS{Type: "layers"},
@@ -150,7 +179,7 @@ func writeImage(out, ref string, es []entry, cfg v1.Config) error {
 	if img, err = mutate.AppendLayers(img, l); err != nil {
 		return err
 	}
-	tag, err := name.NewTag(ref)
+	tag, err := name.NewTag(i.Ref)
 	if err != nil {
 		return err
 	}

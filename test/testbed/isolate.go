@@ -269,7 +269,7 @@ func runInit() (int, error) {
 // in which those of nodeDirs that this machine lacks are made. Making and removing
 // them on the machine would be no good: the removal of a folder takes away what
 // others, in their namespaces, have mounted on it.
-var nodeDirs = []string{"/var/lib/cni", "/var/lib/peerpod", "/etc/cni", "/var/log/pods", "/etc/kata-containers"}
+var nodeDirs = []string{"/var/lib/cni", "/var/lib/kubelet", "/var/lib/peerpod", "/etc/cni", "/var/log/pods", "/etc/kata-containers"}
 
 var overlaid = []string{"/etc", "/var/lib", "/var/log"}
 

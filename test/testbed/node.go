@@ -5,10 +5,12 @@ package testbed
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -49,11 +51,6 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
     default_runtime_name = "runc"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.` + Handler + `]
-      runtime_type = "io.containerd.kata-remote.v2"
-      privileged_without_host_devices = true
-      pod_annotations = ["io.katacontainers.*"]
-      container_annotations = ["io.katacontainers.*"]
 `
 
 // containerd2Config is the same for containerd 2, whose configuration has version 3.
@@ -85,49 +82,54 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.bl
     default_runtime_name = "runc"
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
-    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.` + Handler + `]
-      runtime_type = "io.containerd.kata-remote.v2"
-      privileged_without_host_devices = true
+`
+
+// handlerConfig is a handler's table, below the CRI plugin's name.
+const handlerConfig = `
+    [plugins.%q.containerd.runtimes.%s]
+      runtime_type = %q
+      privileged_without_host_devices = %t
       pod_annotations = ["io.katacontainers.*"]
       container_annotations = ["io.katacontainers.*"]
 `
 
+// writeConfig writes containerd's configuration.
+func (b *Bed) writeConfig() error {
+	config, plugin := containerdConfig, "io.containerd.grpc.v1.cri"
+	if b.Generation.V2 {
+		config, plugin = containerd2Config, "io.containerd.cri.v1.runtime"
+	}
+	text := fmt.Sprintf(config, b.Out)
+	handlers := map[string]string{Handler: HandlerType}
+	maps.Copy(handlers, b.Handlers)
+	for _, name := range slices.Sorted(maps.Keys(handlers)) {
+		text += fmt.Sprintf(handlerConfig, plugin, name, handlers[name], handlers[name] == HandlerType)
+	}
+	return os.WriteFile(filepath.Join(b.Out, "containerd.toml"), []byte(text), 0o644)
+}
+
 // StartContainerd starts containerd with a root, state and socket of its own and
 // imports the images.
 func (b *Bed) StartContainerd(ctx context.Context) error {
-	config := containerdConfig
-	if b.Generation.V2 {
-		config = containerd2Config
+	const cni = "/etc/cni/net.d/10-testbed.conflist"
+	if err := os.MkdirAll(filepath.Dir(cni), 0o755); err != nil {
+		return err
 	}
-	for path, text := range map[string]string{
-		"/etc/cni/net.d/10-testbed.conflist":    cniConfig,
-		filepath.Join(b.Out, "containerd.toml"): fmt.Sprintf(config, b.Out),
-	} {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			return err
-		}
+	if err := os.WriteFile(cni, []byte(cniConfig), 0o644); err != nil {
+		return err
 	}
 	if err := b.RestartContainerd(ctx); err != nil {
 		return err
 	}
-	for name, make := range images {
-		archive := filepath.Join(b.Out, name+".tar")
-		if err := make(b, archive); err != nil {
-			return fmt.Errorf("make image %s: %w", name, err)
-		}
-		args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
-		if b.Generation.V2 {
-			args = append(args, "--local") // its transfer service wants a platform's unpacker configured
-		}
-		if _, err := Run(ctx, b.program("ctr"), append(args, archive)...); err != nil {
-			return err
-		}
-		os.Remove(archive)
+	pause, err := b.Pause(ctx)
+	if err != nil {
+		return err
 	}
-	return nil
+	busybox, err := b.Busybox(ctx)
+	if err != nil {
+		return err
+	}
+	return b.Import(ctx, pause, busybox)
 }
 
 // program is one of containerd's programs.
@@ -138,9 +140,12 @@ func (b *Bed) program(name string) string {
 	return name
 }
 
-// RestartContainerd starts containerd on the state that is there. Kill or stop the
-// running one first.
+// RestartContainerd starts containerd on the state that is there, with the handlers
+// that b has now. Kill or stop the running one first.
 func (b *Bed) RestartContainerd(ctx context.Context) error {
+	if err := b.writeConfig(); err != nil {
+		return err
+	}
 	cmd := exec.Command(b.program("containerd"), "-c", filepath.Join(b.Out, "containerd.toml"))
 	path := b.Bin + ":" + os.Getenv("PATH") // where containerd looks for shims
 	if b.Generation.Dir != "" {

@@ -35,6 +35,8 @@ type Bed struct {
 	Out   string          // folder for logs and containerd's content; made anew
 	// Generation of containerd to run. The zero value is Debian's 1.6.
 	Generation Generation
+	// Handlers are further handlers of containerd, each with its runtime's type.
+	Handlers map[string]string
 	// AdaptorEnv is added to the adaptor's configuration.
 	AdaptorEnv []string
 
@@ -65,6 +67,8 @@ const (
 	ContainerdSocket = "/run/containerd-testbed/containerd.sock"
 	HypervisorSocket = "/run/peerpod/hypervisor.sock"
 	Handler          = "kata-remote"
+	// HandlerType is the runtime's type of Handler.
+	HandlerType = "io.containerd." + Handler + ".v2"
 	// CNISubnet is the pods' network, its first address the node's.
 	CNISubnet = "10.88.0.0/16"
 	NodeAddr  = "10.88.0.1"
