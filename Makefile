@@ -81,6 +81,7 @@ $(OUT)/kube/e2e.test: $(wildcard test/tools/kube/go.* test/tools/kube/*.go test/
 	@cd test/tools/kube && export CGO_ENABLED=0 && \
 	$(GO) build -ldflags '-s -w $(KUBE_STAMPS)' -o $(@D)/ ./kube-all && \
 	$(GO) build -ldflags '-s -w' -o $(@D)/ k8s.io/kubernetes/test/images/agnhost github.com/onsi/ginkgo/v2/ginkgo && \
+	install -m 644 "$$($(GO) list -m -f '{{.Dir}}' k8s.io/kubernetes)"/test/images/agnhost/porter/localhost.* $(@D)/ && \
 	$(GO) test -c -ldflags '-s -w $(KUBE_STAMPS)' -o $@ k8s.io/kubernetes/test/e2e
 	@touch $@
 
