@@ -10,7 +10,8 @@
 //	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening ─▶ cpus ─▶ late modules
 //
 // As a service of an ordinary system (RunService): the configuration is a file and
-// the network is there, so only tunnel, agent and listening are left.
+// the network is there, so only tunnel, agent and listening are left. Such a system may
+// bring a kata-agent of its own, which podvmd then stands before (docs/interop.md).
 //
 // PID 1 never hangs: every wait has a deadline, and what cannot be mended ends in one
 // sentence on the console and a machine that is off, which a provider shows as a
@@ -18,6 +19,7 @@
 package boot
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -48,6 +50,9 @@ type Config struct {
 	PodNetNS string
 	// StateDir is the agent's. Default: agent.DefaultStateDir.
 	StateDir string
+	// AgentSocket is the unix socket of a stock kata-agent, to be served in place of
+	// podvmd's own agent. Empty: what the pod VM's configuration says (agent_socket).
+	AgentSocket string
 	// Version is what the agent reports.
 	Version string
 	// Logger takes the log. Default: slog.Default.
@@ -87,7 +92,30 @@ func RunService(ctx context.Context, cfg Config) error {
 		defer m.done("tunnel")
 		return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
 	}
-	return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) { m.log(log) })
+	return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) {
+		m.log(log)
+		if err := notifyReady(); err != nil {
+			log.Warn("tell the service manager that the port is open", logkey.Error, err.Error())
+		}
+	})
+}
+
+// notifyReady tells a service manager that waits for it (sd_notify(3), as upstream's
+// unit of Type=notify does) that the port is open.
+func notifyReady() error {
+	address := os.Getenv("NOTIFY_SOCKET")
+	if address == "" {
+		return nil
+	}
+	if err := os.Unsetenv("NOTIFY_SOCKET"); err != nil { // not for our children
+		return err
+	}
+	conn, err := net.Dial("unixgram", address)
+	if err != nil {
+		return err
+	}
+	_, err = conn.Write([]byte("READY=1"))
+	return errors.Join(err, conn.Close())
 }
 
 // serve starts agent and forwarder and runs them until ctx is done. network is run
@@ -134,8 +162,8 @@ type backend interface {
 }
 
 func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend, error) {
-	if pod.AgentSocket != "" {
-		return stockAgent{socket: pod.AgentSocket, log: log}, nil
+	if socket := cmp.Or(cfg.AgentSocket, pod.AgentSocket); socket != "" {
+		return stockAgent{forwarder.FrontConfig{Socket: socket, PodNetNS: cfg.PodNetNS, Log: log}}, nil
 	}
 	a, err := agent.New(agent.Config{
 		PodNetNS: cfg.PodNetNS,
@@ -155,13 +183,10 @@ func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend,
 }
 
 // stockAgent is another program that listens on a unix socket.
-type stockAgent struct {
-	socket string
-	log    *slog.Logger
-}
+type stockAgent struct{ cfg forwarder.FrontConfig }
 
 func (s stockAgent) run(ctx context.Context, l net.Listener) error {
-	return forwarder.Relay(ctx, l, s.socket, s.log)
+	return forwarder.ServeAgent(ctx, l, s.cfg)
 }
 
 // ownAgent is podvmd's.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/containerd/ttrpc"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/netns/nstest"
 	"github.com/vishvananda/netlink"
@@ -209,6 +210,82 @@ func TestService(t *testing.T) {
 	<-ended
 	if err != nil {
 		t.Errorf("after SIGTERM: %v", err)
+	}
+	wantMarks(t, log.String(), "tunnel", "agent", "listening")
+}
+
+// podvmd in the place of agent-protocol-forwarder: with its flags, under a service
+// manager that waits for it, before a kata-agent that removes its own socket.
+func TestServiceBeforeStockAgent(t *testing.T) {
+	c := newCredentials(t)
+	doc, err := json.Marshal(c.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "boot") // a short name, for the sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path, notify := filepath.Join(dir, "apf.json"), filepath.Join(dir, "notify")
+	if err := os.WriteFile(path, doc, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notify, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", notify)
+
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	agent := &agenttest.Stock{Dir: filepath.Join(dir, "kata"), Agent: new(agenttest.Agent)}
+	served := make(chan error, 1)
+	go func() { served <- agent.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+
+	pod, vm, node := nstest.New(t, "podns"), nstest.New(t, "vm"), nstest.New(t, "node")
+	node.Veth("tap0", vm, "ens3")
+	vm.Addr("ens3", guestAddr+"/24")
+	cmd, log := service(t, vm, "-config", path, "-listen", "127.0.0.1:15150", "-pod-namespace", pod.Path, "-kata-agent-socket", agent.Socket())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	if err := manager.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 100)
+	if n, err := manager.Read(b); err != nil || string(b[:n]) != "READY=1" {
+		t.Errorf("the service manager was told %q, %v", b[:n], err)
+	}
+	for i := range 2 { // the second connects when the agent's socket is no more
+		raw, err := dialFrom(vm, "127.0.0.1:15150", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := tls.Client(raw, c.tlsConfig(c.client))
+		rpc := ttrpc.NewClient(conn)
+		d, err := agentpb.NewAgentServiceClient(rpc).GetGuestDetails(ctx, &agentpb.GuestDetailsRequest{})
+		if err != nil || len(d.AgentDetails.ExtraFeatures) != 0 {
+			t.Errorf("connection %d: GetGuestDetails: %v, %v, want no extra features", i, d, err)
+		}
+		if _, err := agentpb.NewAgentServiceClient(rpc).CreateSandbox(ctx, &agentpb.CreateSandboxRequest{SandboxId: "pod", Dns: []string{"x"}}); err != nil {
+			t.Errorf("connection %d: CreateSandbox: %v", i, err)
+		}
+		rpc.Close()
+	}
+	if sb := agent.Sandbox(); sb.GetSandboxId() != "pod" || len(sb.GetDns()) != 0 {
+		t.Errorf("the agent was asked for %v", sb)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("after SIGTERM: %v\n%s", err, log)
 	}
 	wantMarks(t, log.String(), "tunnel", "agent", "listening")
 }

@@ -4,12 +4,15 @@
 // sandbox, and nobody else, to the agent.
 //
 //	adaptor ── TCP 15150, TLS 1.3 ──▶ Listener ──▶ the agent's ttrpc server
-//	           both ends authenticated        └──▶ Relay: unix socket of a stock agent
+//	           both ends authenticated        └──▶ ServeAgent: a stock agent's unix socket
 //
 // Listener is a net.Listener whose connections have shown a certificate that the
 // sandbox's client CA signed, or is. Not one byte of anybody else gets past it. TLS
 // handshakes run side by side, each with a deadline, and only so many at a time:
 // who is slow or silent delays nobody.
+//
+// ServeAgent puts a stock kata-agent behind it, in the place of cloud-api-adaptor's
+// agent-protocol-forwarder.
 package forwarder
 
 import (

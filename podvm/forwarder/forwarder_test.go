@@ -14,10 +14,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
-	"log/slog"
 	"math/big"
 	"net"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -444,68 +442,4 @@ func TestListenerRefuses(t *testing.T) {
 	if _, err := NewListener(nil, nil); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("none: got %v, want InvalidArgument", err)
 	}
-}
-
-// relayTo runs Relay before the socket and returns the address.
-func relayTo(t *testing.T, s sandbox, socket string) string {
-	t.Helper()
-	inner, err := Listen(context.Background(), "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := NewListener(inner, s.serverConfig(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- Relay(ctx, l, socket, slog.New(slog.DiscardHandler)) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	return inner.Addr().String()
-}
-
-func TestRelay(t *testing.T) {
-	s := newSandbox(t)
-	socket := filepath.Join(t.TempDir(), "agent.sock")
-	addr := relayTo(t, s, socket)
-	// The agent starts after us: the client waits, it is not refused.
-	got := make(chan error, 1)
-	go func() { got <- talk(t, addr, s.clientConfig(t, s.client)) }()
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent := new(echo)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		agent.serve(l)
-	}()
-	if err := <-got; err != nil {
-		t.Error(err)
-	}
-	if err := talk(t, addr, s.clientConfig(t)); err == nil {
-		t.Error("admitted without a certificate")
-	}
-	l.Close()
-	<-done
-	if agent.count() != 1 {
-		t.Errorf("%d connections reached the agent, want 1", agent.count())
-	}
-}
-
-func TestRelayEndsWithoutAgent(t *testing.T) {
-	s := newSandbox(t)
-	addr := relayTo(t, s, filepath.Join(t.TempDir(), "none.sock"))
-	conn, err := tls.Dial("tcp", addr, s.clientConfig(t, s.client))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	// The clean-up of relayTo checks that Relay returns while this client waits.
 }

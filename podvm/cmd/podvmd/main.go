@@ -5,6 +5,11 @@
 // configuration is:
 //
 //	podvmd --config /run/peerpod/apf.json
+//
+// Before a stock kata-agent it takes the place, and the flags, of
+// agent-protocol-forwarder (docs/interop.md):
+//
+//	podvmd -pod-namespace /run/netns/podns -kata-agent-socket /run/kata-containers/agent.sock
 package main
 
 import (
@@ -38,6 +43,8 @@ func main() {
 	flag.StringVar(&cfg.ConfigPath, "config", "", "the pod VM's configuration (default /run/peerpod/apf.json)")
 	flag.StringVar(&cfg.Listen, "listen", "", "TCP address of the forwarder (default :15150)")
 	flag.StringVar(&cfg.PodNetNS, "pod-netns", "", "path of the pod's network namespace, made if missing (default /run/netns/podns)")
+	flag.StringVar(&cfg.PodNetNS, "pod-namespace", "", "the same as -pod-netns, as agent-protocol-forwarder calls it")
+	flag.StringVar(&cfg.AgentSocket, "kata-agent-socket", "", "unix socket of a stock kata-agent, to be served in place of podvmd's own (default: the configuration's agent_socket)")
 	flag.StringVar(&cfg.StateDir, "state-dir", "", "directory of the agent's files (default /run/kata-containers)")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
