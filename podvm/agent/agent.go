@@ -57,6 +57,7 @@ import (
 	"github.com/containerd/ttrpc"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
+	"github.com/kata-remote/kata-remote/podvm/agent/podnet"
 	"github.com/kata-remote/kata-remote/podvm/agent/rootfs"
 	"golang.org/x/sys/unix"
 )
@@ -113,8 +114,8 @@ type Agent struct {
 	oom   *oomWatch
 	root  *rootfs.Store
 	files *fileCopier
-	// setClock sets the machine's clock. A field so that tests do not.
-	setClock func(time.Time) error
+	net   *podnet.Network
+	clock clock
 
 	// life ends when Run does: the agent's own run context, under which goroutines
 	// that outlive the call that started them work.
@@ -180,7 +181,8 @@ func New(cfg Config) (*Agent, error) {
 		oom:        newOOMWatch(),
 		root:       rootfs.NewStore(cfg.StateDir, cfg.DefaultRootfsSize),
 		files:      newFileCopier(filepath.Join(cfg.StateDir, "shared", "containers")),
-		setClock:   setClock,
+		net:        podnet.New(cfg.PodNetNS),
+		clock:      kernelClock,
 		containers: make(map[ContainerID]*container),
 		volumes:    make(map[string]*storage),
 		sandboxOp:  make(chan struct{}, 1),

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
@@ -418,16 +417,6 @@ func TestZombiesAreFoundAndOthersNot(t *testing.T) {
 	}
 	if _, ok := zombies(os.Getpid())[p.Pid]; ok {
 		t.Error("it was waited for")
-	}
-}
-
-func TestSetGuestDateTime(t *testing.T) {
-	g := newGuest(t)
-	var got time.Time
-	g.agent.setClock = func(to time.Time) error { got = to; return nil }
-	must[any](t)(g.SetGuestDateTime(g.ctx(), &agentpb.SetGuestDateTimeRequest{Sec: 1_700_000_000, Usec: 123456}))
-	if want := time.Unix(1_700_000_000, 123456000); !got.Equal(want) {
-		t.Errorf("the clock was set to %v, not %v", got, want)
 	}
 }
 

@@ -222,7 +222,7 @@ func (s *service) StatsContainer(_ context.Context, req *agentpb.StatsContainerR
 	if err != nil {
 		return nil, toGRPC(fmt.Errorf("measure container %s: %w", c.id, err))
 	}
-	net, err := s.a.networkStats()
+	net, err := s.a.net.Stats()
 	return reply(&agentpb.StatsContainerResponse{CgroupStats: toCgroupStats(st), NetworkStats: net}, err)
 }
 

@@ -3,13 +3,8 @@
 package agent
 
 import (
-	"fmt"
-
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/opencontainers/cgroups"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
 )
 
 // toCgroupStats says in the protocol's types what libcontainer measured.
@@ -66,48 +61,4 @@ func toBlkio(in []cgroups.BlkioStatEntry) (out []*agentpb.BlkioStatsEntry) {
 		out = append(out, &agentpb.BlkioStatsEntry{Major: e.Major, Minor: e.Minor, Op: e.Op, Value: e.Value})
 	}
 	return out
-}
-
-// podNetlink opens a netlink socket in the pod's network namespace. Close it. It is
-// of the one family that is needed: a guest may lack the modules of the others.
-func (a *Agent) podNetlink() (*netlink.Handle, error) {
-	if a.cfg.PodNetNS == "" {
-		return netlink.NewHandle(unix.NETLINK_ROUTE)
-	}
-	ns, err := netns.GetFromPath(a.cfg.PodNetNS)
-	if err != nil {
-		return nil, fmt.Errorf("open the pod's network namespace: %w", err)
-	}
-	defer ns.Close()
-	return netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
-}
-
-// networkStats counts the traffic of the pod's interfaces but lo.
-func (a *Agent) networkStats() ([]*agentpb.NetworkStats, error) {
-	if a.cfg.PodNetNS == "" {
-		return nil, nil // the agent's own interfaces are not the pod's
-	}
-	h, err := a.podNetlink()
-	if err != nil {
-		return nil, err
-	}
-	defer h.Close()
-	links, err := h.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("list the pod's interfaces: %w", err)
-	}
-	var out []*agentpb.NetworkStats
-	for _, l := range links {
-		at := l.Attrs()
-		if at.Name == "lo" || at.Statistics == nil {
-			continue
-		}
-		s := at.Statistics
-		out = append(out, &agentpb.NetworkStats{
-			Name:    at.Name,
-			RxBytes: s.RxBytes, RxPackets: s.RxPackets, RxErrors: s.RxErrors, RxDropped: s.RxDropped,
-			TxBytes: s.TxBytes, TxPackets: s.TxPackets, TxErrors: s.TxErrors, TxDropped: s.TxDropped,
-		})
-	}
-	return out, nil
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // storageDriver makes one kind of storage.
@@ -247,4 +248,69 @@ func (a *Agent) dropAllStorage() error {
 		errs = append(errs, a.removeStorage(at, v))
 	}
 	return errors.Join(errs...)
+}
+
+// UpdateEphemeralMounts changes the size of file systems in memory that are there.
+// InvalidArgument: a storage of another kind, one that does not exist, or a size
+// below what is used.
+func (s *service) UpdateEphemeralMounts(_ context.Context, req *agentpb.UpdateEphemeralMountsRequest) (*emptypb.Empty, error) {
+	for _, st := range req.Storages {
+		if err := s.a.remount(st); err != nil {
+			return empty(err)
+		}
+	}
+	return empty(nil)
+}
+
+func (a *Agent) remount(s *agentpb.Storage) error {
+	at, _, err := a.mountPoint(s)
+	if err != nil {
+		return err
+	}
+	opts, err := parseStorageOptions(s)
+	if err != nil {
+		return err
+	}
+	a.volMu.Lock()
+	defer a.volMu.Unlock()
+	v := a.volumes[at]
+	switch {
+	case s.Driver != "ephemeral":
+		return fmt.Errorf("storage %s: driver %q has no size to change, only ephemeral has: %w", at, s.Driver, errdefs.ErrInvalidArgument)
+	case v == nil || v.driver != s.Driver || !v.made():
+		return fmt.Errorf("storage %s: there is none of driver %s at this mount point: %w", at, s.Driver, errdefs.ErrInvalidArgument)
+	}
+	// A remount takes the flags away that it does not name.
+	data := strings.Join(opts.data, ",")
+	if err := unix.Mount("", at, "", unix.MS_REMOUNT|v.flags|opts.flags, data); err != nil {
+		return fmt.Errorf("storage %s: remount with %q: %w", at, data, invalid(err))
+	}
+	return nil
+}
+
+// made tells whether a storage is there.
+func (v *storage) made() bool {
+	select {
+	case <-v.ready:
+		return v.err == nil
+	default:
+		return false
+	}
+}
+
+// GetVolumeStats measures the file system a path of the guest is in, as CSI's
+// NodeGetVolumeStats has it.
+func (s *service) GetVolumeStats(_ context.Context, req *agentpb.VolumeStatsRequest) (*agentpb.VolumeStatsResponse, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(req.VolumeGuestPath, &st); err != nil {
+		return nil, toGRPC(fmt.Errorf("measure volume %q: %w", req.VolumeGuestPath, err))
+	}
+	block := uint64(st.Frsize)
+	return &agentpb.VolumeStatsResponse{
+		Usage: []*agentpb.VolumeUsage{
+			{Unit: agentpb.VolumeUsage_BYTES, Available: st.Bavail * block, Total: st.Blocks * block, Used: (st.Blocks - st.Bfree) * block},
+			{Unit: agentpb.VolumeUsage_INODES, Available: st.Ffree, Total: st.Files, Used: st.Files - st.Ffree},
+		},
+		VolumeCondition: &agentpb.VolumeCondition{},
+	}, nil
 }

@@ -12,9 +12,11 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/typespb"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/testing/protocmp"
 )
 
 // slowDriver adds a driver whose making waits to be told how to end.
@@ -199,4 +201,67 @@ func TestFSGroup(t *testing.T) {
 	check(secret, 7, 0o660)
 	apply("third", 500, typespb.FSGroupChangePolicy_Always)
 	check(secret, 500, 0o660)
+}
+
+// A file system in memory changes its size in place, and keeps what is in it and its
+// flags.
+func TestUpdateEphemeralMounts(t *testing.T) {
+	g := newGuest(t)
+	g.sandbox()
+	at := g.agent.cfg.StateDir + "/sandbox/ephemeral/mem"
+	mem := func(size string) *agentpb.Storage {
+		return &agentpb.Storage{Driver: "ephemeral", Source: "tmpfs", Fstype: "tmpfs", MountPoint: at, Options: []string{"noexec", size}}
+	}
+	spec := g.spec("while read size; do dd if=/dev/zero of=/vol/mem/f bs=1k count=$size 2>/dev/null && echo fits || echo full; done")
+	spec.Mounts = append(spec.Mounts, &agentpb.Mount{Destination: "/vol/mem", Source: at, Type: "bind", Options: []string{"rbind"}})
+	must[any](t)(g.CreateContainer(g.ctx(), &agentpb.CreateContainerRequest{ContainerId: "main", OCI: spec, Storages: []*agentpb.Storage{mem("size=1m")}}))
+	g.start("main")
+	try := func(kib, want string) {
+		t.Helper()
+		must[any](t)(g.WriteStdin(g.ctx(), &agentpb.WriteStreamRequest{ContainerId: "main", Data: []byte(kib + "\n")}))
+		if got := must[*agentpb.ReadStreamResponse](t)(g.ReadStdout(g.ctx(), &agentpb.ReadStreamRequest{ContainerId: "main", Len: 100})); string(got.Data) != want+"\n" {
+			t.Errorf("%s KiB: %q, want %q", kib, got.Data, want)
+		}
+	}
+	try("2000", "full")
+	must[any](t)(g.UpdateEphemeralMounts(g.ctx(), &agentpb.UpdateEphemeralMountsRequest{Storages: []*agentpb.Storage{{Driver: "ephemeral", MountPoint: at, Options: []string{"size=4m"}}}}))
+	try("3000", "fits")
+	var st unix.Statfs_t
+	if err := unix.Statfs(at, &st); err != nil || st.Flags&unix.ST_NOEXEC == 0 || st.Blocks*uint64(st.Bsize) != 4<<20 {
+		t.Errorf("file system: %d bytes, flags %#x, %v", st.Blocks*uint64(st.Bsize), st.Flags, err)
+	}
+	for says, bad := range map[string]*agentpb.Storage{
+		"below":     {Driver: "ephemeral", MountPoint: "/tmp", Options: []string{"size=1m"}},
+		"size=100k": {Driver: "ephemeral", MountPoint: at, Options: []string{"size=100k"}}, // less than is used
+		`"local"`:   {Driver: "local", MountPoint: at, Options: []string{"size=1m"}},
+		"there is":  {Driver: "ephemeral", MountPoint: at + "2", Options: []string{"size=1m"}},
+	} {
+		_, err := g.UpdateEphemeralMounts(g.ctx(), &agentpb.UpdateEphemeralMountsRequest{Storages: []*agentpb.Storage{bad}})
+		wantClass(t, says, err, errdefs.ErrInvalidArgument)
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v does not say %q", err, says)
+		}
+	}
+}
+
+func TestGetVolumeStats(t *testing.T) {
+	g := newGuest(t)
+	g.sandbox()
+	at := g.agent.cfg.StateDir + "/sandbox/ephemeral/mem"
+	must[any](t)(g.CreateContainer(g.ctx(), &agentpb.CreateContainerRequest{ContainerId: "main", OCI: g.spec("true"), Storages: []*agentpb.Storage{
+		{Driver: "ephemeral", MountPoint: at, Options: []string{"size=1m", "nr_inodes=100"}},
+	}}))
+	if err := os.WriteFile(filepath.Join(at, "f"), make([]byte, 256<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := must[*agentpb.VolumeStatsResponse](t)(g.GetVolumeStats(g.ctx(), &agentpb.VolumeStatsRequest{VolumeGuestPath: at}))
+	want := []*agentpb.VolumeUsage{
+		{Unit: agentpb.VolumeUsage_BYTES, Total: 1 << 20, Used: 256 << 10, Available: 768 << 10},
+		{Unit: agentpb.VolumeUsage_INODES, Total: 100, Used: 2, Available: 98},
+	}
+	if diff := cmp.Diff(want, got.Usage, protocmp.Transform()); diff != "" || got.VolumeCondition == nil || got.VolumeCondition.Abnormal {
+		t.Errorf("condition %v, usage (-want +got):\n%s", got.VolumeCondition, diff)
+	}
+	_, err := g.GetVolumeStats(g.ctx(), &agentpb.VolumeStatsRequest{VolumeGuestPath: at + "/none"})
+	wantClass(t, "a path that is not there", err, errdefs.ErrInternal)
 }
