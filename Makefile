@@ -2,6 +2,8 @@
 #
 # make demo         run a pod in its own virtual machine on this machine, and check all of it
 # make test         every test: unit, kernel, end to end
+# make critest      Kubernetes' test suite for container runtimes, on containerd 1.6 and 2, against runc;
+#                   writes docs/compatibility.md
 # make bench        measure; writes docs/performance.md's figures to the terminal
 # make build        the binaries, into _output/bin
 # make podvm-image  the pod VM's kernel and initramfs, into _output/podvm
@@ -30,7 +32,7 @@ PODVMD_FLAGS := -tags netgo,osusergo,seccomp -ldflags '$(LDFLAGS) -extldflags -s
 # go test builds the same code; seccomp needs the C library.
 TEST_TAGS := seccomp
 
-.PHONY: all demo demo-stop test bench build setup podvm-image generate verify clean
+.PHONY: all demo demo-stop test critest bench build setup podvm-image generate verify clean
 
 all: build podvm-image
 
@@ -54,6 +56,16 @@ $(BIN)/crictl: test/tools/cri/go.mod test/tools/cri/go.sum
 	@mkdir -p $(BIN)
 	@echo "building crictl (about a minute the first time)" >&2
 	@cd test/tools/cri && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ github.com/kubernetes-sigs/cri-tools/cmd/crictl
+	@touch $@
+
+# critest, and the ginkgo of the version it is built with: that runs its specs side by
+# side, and takes a program for a test by the end of its name.
+CRITEST := $(OUT)/critest-tools
+$(CRITEST)/critest.test: test/tools/cri/go.mod test/tools/cri/go.sum test/tools/cri/tools.go
+	@mkdir -p $(@D)
+	@echo "building critest (about two minutes the first time)" >&2
+	@cd test/tools/cri && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ginkgo github.com/onsi/ginkgo/v2/ginkgo && \
+		CGO_ENABLED=0 $(GO) test -c -ldflags '-s -w' -o $@ github.com/kubernetes-sigs/cri-tools/cmd/critest
 	@touch $@
 
 # The generations of containerd that Debian 12 does not have.
@@ -99,6 +111,13 @@ test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd17/containerd $(OU
 	@$(GO) vet -tags $(TEST_TAGS) ./...
 	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \
 	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 15m -json ./... | $(BIN)/tally -name test
+
+# FOCUS='regular expression' runs some of the specs only.
+critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containerd2/containerd
+	@CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(CRITEST)/ ./test/critest/image/...
+	@$(GO) build -o $(BIN)/critest ./test/critest
+	@$(BIN)/critest -bin $(BIN) -podvm $(OUT)/podvm -tools $(CRITEST) -out $(OUT)/critest \
+		-page docs/compatibility.md $(if $(FOCUS),-focus '$(FOCUS)')
 
 bench: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/bench ./test/bench

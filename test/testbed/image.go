@@ -141,9 +141,9 @@ func (b *Bed) Import(ctx context.Context, images ...Image) error {
 	return nil
 }
 
-// write makes an archive that ctr imports. Of files of the same name the last one
-// counts, as in any archive.
-func (i Image) write(out string) error {
+// build makes the image of one layer. Of files of the same name the last one counts,
+// as in any archive.
+func (i Image) build() (v1.Image, error) {
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
 	for _, e := range i.Files {
@@ -155,18 +155,18 @@ func (i Image) write(out string) error {
 			h.Typeflag = tar.TypeDir
 		}
 		if err := w.WriteHeader(h); err != nil {
-			return err
+			return nil, err
 		}
 		if _, err := w.Write(e.Data); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if err := w.Close(); err != nil {
-		return err
+		return nil, err
 	}
 	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
 	if err != nil {
-		return err
+		return nil, err
 	}
 	cfg := i.Config
 	cfg.Env = append(cfg.Env, "PATH=/usr/local/bin:/usr/bin:/bin")
@@ -174,9 +174,15 @@ func (i Image) write(out string) error {
 		Architecture: "amd64", OS: "linux", Config: cfg, RootFS: v1.RootFS{Type: "layers"},
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if img, err = mutate.AppendLayers(img, l); err != nil {
+	return mutate.AppendLayers(img, l)
+}
+
+// write makes an archive that ctr imports.
+func (i Image) write(out string) error {
+	img, err := i.build()
+	if err != nil {
 		return err
 	}
 	tag, err := name.NewTag(i.Ref)

@@ -2,7 +2,10 @@ module github.com/kata-remote/kata-remote/test/tools/cri
 
 go 1.22.0
 
-require github.com/kubernetes-sigs/cri-tools v1.30.0
+require (
+	github.com/kubernetes-sigs/cri-tools v1.30.0
+	github.com/onsi/ginkgo/v2 v2.17.1
+)
 
 require k8s.io/kubernetes v1.30.14 // indirect
 
@@ -25,10 +28,12 @@ require (
 	github.com/go-openapi/jsonpointer v0.19.6 // indirect
 	github.com/go-openapi/jsonreference v0.20.2 // indirect
 	github.com/go-openapi/swag v0.22.3 // indirect
+	github.com/go-task/slim-sprig v0.0.0-20230315185526-52ccab3ef572 // indirect
 	github.com/gogo/protobuf v1.3.2 // indirect
 	github.com/golang/protobuf v1.5.4 // indirect
 	github.com/google/gnostic-models v0.6.8 // indirect
 	github.com/google/gofuzz v1.2.0 // indirect
+	github.com/google/pprof v0.0.0-20210720184732-4bb14d4b1be1 // indirect
 	github.com/google/uuid v1.6.0 // indirect
 	github.com/gorilla/websocket v1.5.0 // indirect
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.19.0 // indirect

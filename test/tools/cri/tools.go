@@ -10,4 +10,5 @@ package cri
 import (
 	_ "github.com/kubernetes-sigs/cri-tools/cmd/crictl"
 	_ "github.com/kubernetes-sigs/cri-tools/cmd/critest"
+	_ "github.com/onsi/ginkgo/v2/ginkgo"
 )
