@@ -127,7 +127,7 @@ bench: build podvm-image $(BIN)/crictl
 generate: setup
 	@mkdir -p $(BIN)
 	@GOBIN=$(BIN) $(GO) install tool
-	@protoc -I . --go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) agent-protocol/proto/*.proto caa/adminpb/*.proto
+	@protoc -I . --go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) agent-protocol/proto/*.proto caa/adminpb/*.proto shim/sandboxpb/*.proto
 
 # The committed code is what the definitions make, and go.mod is tidy.
 verify: generate

@@ -14,8 +14,12 @@
 //
 // The bare address, which means version 2 of the Task API over ttrpc, is thus an
 // answer for all of them. JSON is given only to a containerd that has shown by its
-// BootstrapParams that it is a new one. The version is 2 in either case, so that
-// containerd asks for each container of a pod, and the pod is found by annotations.
+// BootstrapParams that it is a new one, or by what it asks for: a bundle without an OCI
+// spec is a pod's that containerd 2 makes through the Sandbox API (sandboxer = "shim"
+// of the runtime handler), and the answer is version 3, without which containerd
+// would not let the pod's containers join the sandbox. In every other bundle the
+// version is 2, so that containerd asks for each container of a pod, and the pod is
+// found by annotations.
 //
 // The server is a child in a session and a mount namespace of its own: what it mounts
 // is seen by nobody else and goes with it.
@@ -28,6 +32,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"net"
 	"os"
@@ -41,7 +46,9 @@ import (
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/kata-remote/kata-remote/shim/config"
 	"github.com/kata-remote/kata-remote/shim/spec"
 )
 
@@ -75,17 +82,22 @@ func Start(ctx context.Context, f Flags, stdin *os.File, stdout io.Writer) error
 	if f.ID == "" {
 		return errors.New("flag -id is missing")
 	}
-	params := readParams(stdin, f.ID)
+	params, options := readParams(stdin, f.ID)
 	dir := socketDir
 	if d := params.GetSocketDir(); d != "" {
 		dir = d
 	}
-	spc, err := spec.Read(bundle)
-	if err != nil {
+	role, sandbox, version := spec.RoleSandbox, f.ID, 2
+	if spc, err := spec.Read(bundle); errors.Is(err, fs.ErrNotExist) {
+		version = 3
+		if options != nil {
+			if err := config.WriteOptions(bundle, options); err != nil {
+				return err
+			}
+		}
+	} else if err != nil {
 		return err
-	}
-	role, sandbox, err := spec.Identity(spc, f.ID)
-	if err != nil {
+	} else if role, sandbox, err = spec.Identity(spc, f.ID); err != nil {
 		return err
 	}
 	address := socketAddress(dir, f.Address, f.Namespace, sandbox)
@@ -100,7 +112,7 @@ func Start(ctx context.Context, f Flags, stdin *os.File, stdout io.Writer) error
 	if err := writeFile(filepath.Join(bundle, "address"), address); err != nil {
 		return err
 	}
-	return reply(stdout, address, params != nil)
+	return reply(stdout, address, version, params != nil)
 }
 
 // bundleDir is the flag's, or the working directory, which containerd sets.
@@ -112,19 +124,38 @@ func bundleDir(f Flags) (string, error) {
 }
 
 // reply answers start.
-func reply(w io.Writer, address string, params bool) error {
-	if !params {
+func reply(w io.Writer, address string, version int, params bool) error {
+	if !params && version == 2 {
 		_, err := io.WriteString(w, address)
 		return err
 	}
-	return json.NewEncoder(w).Encode(map[string]any{"version": 2, "address": address, "protocol": "ttrpc"})
+	return json.NewEncoder(w).Encode(map[string]any{"version": version, "address": address, "protocol": "ttrpc"})
 }
 
-// readParams reads what a containerd from 2.3 on writes to stdin. It returns nil for
-// anything else, an Any of options from an older one included: those come again
-// with Create. A message of either kind decodes as the other, but only in the new
-// one is the first field the container's id.
-func readParams(stdin *os.File, id string) *bootapi.BootstrapParams {
+// readParams reads what a containerd from 2.3 on writes to stdin, nil for an older one,
+// and the options of the runtime handler, which an older one writes there alone. A
+// message of either kind decodes as the other, but only in the new one is the first
+// field the container's id.
+func readParams(stdin *os.File, id string) (*bootapi.BootstrapParams, *anypb.Any) {
+	b := readAll(stdin)
+	var p bootapi.BootstrapParams
+	if len(b) > 0 && proto.Unmarshal(b, &p) == nil && p.InstanceID == id {
+		for _, e := range p.Extensions {
+			if config.Known(e.GetValue()) {
+				return &p, e.Value
+			}
+		}
+		return &p, nil
+	}
+	var a anypb.Any
+	if proto.Unmarshal(b, &a) == nil && config.Known(&a) {
+		return nil, &a
+	}
+	return nil, nil
+}
+
+// readAll reads what is written to stdin in time.
+func readAll(stdin *os.File) []byte {
 	var st unix.Stat_t
 	if stdin == nil || unix.Fstat(int(stdin.Fd()), &st) != nil || st.Mode&unix.S_IFMT == unix.S_IFCHR {
 		return nil
@@ -140,11 +171,7 @@ func readParams(stdin *os.File, id string) *bootapi.BootstrapParams {
 	defer in.Close()
 	in.SetReadDeadline(time.Now().Add(paramsTimeout)) // not for a regular file, which does not wait
 	b, _ := io.ReadAll(io.LimitReader(in, 4<<20))     // what came in time is what there is
-	var p bootapi.BootstrapParams
-	if len(b) == 0 || proto.Unmarshal(b, &p) != nil || p.InstanceID != id {
-		return nil
-	}
-	return &p
+	return b
 }
 
 // socketAddress is where the shim of a sandbox is found, by whoever knows the same

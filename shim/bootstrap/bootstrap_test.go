@@ -442,9 +442,13 @@ func TestStdin(t *testing.T) {
 // TestStartErrors says what is wrong.
 func TestStartErrors(t *testing.T) {
 	c := newContainerd(t)
+	broken := t.TempDir()
+	if err := os.WriteFile(filepath.Join(broken, "config.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, x := range map[string]struct{ bundle, want string }{
-		"no sandbox": {shimtest.Bundle(t, shimtest.Spec(c.netns, podAnnotations("container", "pod"), "pause")), "sandbox pod"},
-		"no spec":    {t.TempDir(), "config.json"},
+		"no sandbox":  {shimtest.Bundle(t, shimtest.Spec(c.netns, podAnnotations("container", "pod"), "pause")), "sandbox pod"},
+		"broken spec": {broken, "config.json"},
 	} {
 		out, err := c.command(x.bundle, "x", actionStart, nil).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), x.want) {

@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
@@ -27,7 +28,11 @@ import (
 // node, and each does next to nothing.
 const gcPercent = 40
 
-// Serve serves the Task API on the socket passed as fd 3 until containerd shuts the
+// answerTimeout bounds what the end of the server waits for calls that are being
+// answered: what they waited for has ended.
+const answerTimeout = 500 * time.Millisecond
+
+// Serve serves the Task API and the Sandbox API on the socket passed as fd 3 until containerd shuts the
 // shim down or ctx ends.
 func Serve(ctx context.Context, f Flags, version string) error {
 	debug.SetGCPercent(gcPercent)
@@ -66,17 +71,25 @@ func Serve(ctx context.Context, f Flags, version string) error {
 		case <-ended:
 		}
 	}()
+	closed := make(chan struct{})
 	go func() {
+		defer close(closed)
 		<-ended
 		os.Remove(path)
-		server.Close() // the answer to Shutdown may be lost, which containerd expects
+		// The answer to Shutdown may be lost, which containerd expects; but where that to
+		// ShutdownSandbox is, it reports that the pod could not be removed.
+		sctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
+		defer cancel()
+		server.Shutdown(sctx)
+		server.Close()
 	}()
 	log.L.WithField(logkey.Sandbox, f.ID).Debug("shim serves")
 	if err := server.Serve(context.WithoutCancel(ctx), l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {
 		svc.Close()
+		<-closed
 		return err
 	}
-	<-ended
+	<-closed
 	return nil
 }
 

@@ -110,6 +110,9 @@ func New(cfg Config) *Container {
 	return c
 }
 
+// StatusLost is the exit status of what ended with its pod VM: that of SIGKILL.
+const StatusLost = 128 + uint32(syscall.SIGKILL)
+
 // Pid is what the shim reports as the pid of every process: containerd wants one
 // that lives on the node, and the guest's mean nothing here. It is the shim's own,
 // so it is never signalled.

@@ -17,18 +17,18 @@ import (
 	"github.com/kata-remote/kata-remote/shim/guest"
 )
 
-// Stats asks the guest how much the container uses. The answer has the form that
-// this node's containerd expects, io.containerd.cgroups.v1.Metrics or v2.Metrics by
-// the node's cgroup mode, whatever the guest's is.
-func (c *Container) Stats(ctx context.Context) (proto.Message, error) {
-	r, err := guest.Agent(ctx, c.cfg.Conn, agentpb.AgentServiceService.StatsContainer, &agentpb.StatsContainerRequest{ContainerId: c.cfg.ID})
-	if err != nil {
-		return nil, err
-	}
+// Usage asks the guest how much the container uses.
+func (c *Container) Usage(ctx context.Context) (*agentpb.StatsContainerResponse, error) {
+	return guest.Agent(ctx, c.cfg.Conn, agentpb.AgentServiceService.StatsContainer, &agentpb.StatsContainerRequest{ContainerId: c.cfg.ID})
+}
+
+// Metrics has the form that this node's containerd expects, io.containerd.cgroups.v1.Metrics
+// or v2.Metrics by the node's cgroup mode, whatever the guest's is.
+func Metrics(r *agentpb.StatsContainerResponse) proto.Message {
 	if unified() {
-		return metricsV2(r), nil
+		return metricsV2(r)
 	}
-	return metricsV1(r), nil
+	return metricsV1(r)
 }
 
 // unified tells whether the node has only the cgroup v2 hierarchy.
@@ -190,17 +190,17 @@ func ioV2(b *agentpb.BlkioStats) *v2.IOStat {
 	for _, e := range b.GetIoServiceBytesRecursive() {
 		switch strings.ToLower(e.Op) {
 		case "read", "rbytes":
-			entry(e).Rbytes = e.Value
+			entry(e).Rbytes += e.Value
 		case "write", "wbytes":
-			entry(e).Wbytes = e.Value
+			entry(e).Wbytes += e.Value
 		}
 	}
 	for _, e := range b.GetIoServicedRecursive() {
 		switch strings.ToLower(e.Op) {
 		case "read", "rios":
-			entry(e).Rios = e.Value
+			entry(e).Rios += e.Value
 		case "write", "wios":
-			entry(e).Wios = e.Value
+			entry(e).Wios += e.Value
 		}
 	}
 	return out

@@ -95,6 +95,16 @@ type Guest struct {
 	Seccomp  bool
 }
 
+// Holds tells whether the agent has a program of its own for a container that only
+// holds the pod's namespaces.
+func (g Guest) Holds() bool { return g.Features.Has(extension.Pause) }
+
+// StartContainer starts a container that nobody else looks after.
+func (g Guest) StartContainer(ctx context.Context, id string) error {
+	return guest.AgentOnce(ctx, g.Conn, errdefs.IsFailedPrecondition,
+		agentpb.AgentServiceService.StartContainer, &agentpb.StartContainerRequest{ContainerId: id})
+}
+
 // Guest returns the connection to the agent; FailedPrecondition unless the sandbox
 // is ready.
 func (s *Sandbox) Guest() (Guest, error) {
@@ -120,20 +130,38 @@ func (s *Sandbox) move(on state.Event) error {
 	return nil
 }
 
+// State is the sandbox's present state.
+func (s *Sandbox) State() State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.state
+}
+
+// Check refuses a pod that no pod VM can be, without asking anybody.
+func Check(spc *specs.Spec, role spec.Role, id string) error {
+	_, _, err := wanted(spc, role, id)
+	return err
+}
+
+// wanted is what CreateVM is to be asked for.
+func wanted(spc *specs.Spec, role spec.Role, id string) (netns string, annotations map[string]string, err error) {
+	if netns, err = spec.NetNS(spc); err != nil {
+		return "", nil, err
+	}
+	if err := spec.Check(spc); err != nil {
+		return "", nil, err
+	}
+	if _, err := os.Stat(netns); err != nil {
+		return "", nil, fmt.Errorf("network namespace of the sandbox: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	annotations, err = vmAnnotations(spc, role, id)
+	return netns, annotations, err
+}
+
 // Start gets a pod VM and makes the sandbox in it. It may take minutes. When it
 // fails, or ctx ends, the pod VM is given back before it returns.
 func (s *Sandbox) Start(ctx context.Context, spc *specs.Spec, role spec.Role, cfg config.Config) (err error) {
-	netns, err := spec.NetNS(spc)
-	if err != nil {
-		return err
-	}
-	if err := spec.Check(spc); err != nil {
-		return err
-	}
-	if _, err := os.Stat(netns); err != nil {
-		return fmt.Errorf("network namespace of the sandbox: %w: %w", err, errdefs.ErrInvalidArgument)
-	}
-	annotations, err := vmAnnotations(spc, role, s.cfg.ID)
+	netns, annotations, err := wanted(spc, role, s.cfg.ID)
 	if err != nil {
 		return err
 	}

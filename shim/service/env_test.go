@@ -131,6 +131,12 @@ func (e *env) create(id, sandbox string, io stdio.Config, args ...string) error 
 	return err
 }
 
+// createFrom creates a container of a spec of the test's own.
+func (e *env) createFrom(id string, spc *specs.Spec) error {
+	_, err := e.svc.Create(e.ctx, &taskapi.CreateTaskRequest{ID: id, Bundle: shimtest.Bundle(e.t, spc), Options: e.options})
+	return err
+}
+
 func (e *env) must(err error) {
 	e.t.Helper()
 	if err != nil {

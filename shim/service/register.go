@@ -18,7 +18,7 @@ import (
 // would also link a gRPC server.
 var Names = []string{"containerd.task.v2.Task", "containerd.task.v3.Task"}
 
-// Register adds the service to a server under all of its names.
+// Register adds the service to a server under all of its names, and the Sandbox API.
 func (s *Service) Register(server *ttrpc.Server) {
 	var api taskapi.TTRPCTaskService = s
 	desc := &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
@@ -43,6 +43,7 @@ func (s *Service) Register(server *ttrpc.Server) {
 	for _, name := range Names {
 		server.RegisterService(name, desc)
 	}
+	server.RegisterService(SandboxName, s.sandboxAPI())
 }
 
 // handle is the edge of the service: it decodes, logs, and turns errors into gRPC's.

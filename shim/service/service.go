@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package service is the Task API that containerd calls: one service per pod, which
-// knows the pod's sandbox and its containers. It looks things up, translates, and
+// Package service is the Task API that containerd calls, and the Sandbox API: one
+// service per pod, which knows the pod's sandbox and its containers. It looks things up, translates, and
 // leaves the work to packages sandbox, container and process. No lock is held while
 // any of them waits for somebody.
 package service
@@ -57,7 +57,8 @@ type Service struct {
 
 	mu         sync.Mutex // guards the fields below; never held over a call
 	sandbox    *sandbox.Sandbox
-	sandboxCtr string                          // id of the container that is the sandbox
+	sandboxCtr string                          // id of the container that is the sandbox; empty with api
+	api        *pod                            // the sandbox if it was made through the Sandbox API
 	containers map[string]*container.Container // nil value: being created
 }
 
@@ -99,6 +100,9 @@ func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 	sb, err := s.reserve(r.ID, sandboxID, r.Bundle, role)
 	if err != nil {
 		return nil, err
+	}
+	if p, err := s.pod(sandboxID); err == nil {
+		spec.AddPodFiles(spc, p.files)
 	}
 	c, err := s.create(ctx, r, spc, role, sb, cfg, io)
 	if err != nil {
@@ -342,11 +346,11 @@ func (s *Service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	if err != nil {
 		return nil, err
 	}
-	m, err := c.Stats(ctx)
+	u, err := c.Usage(ctx)
 	if err != nil {
 		return nil, err
 	}
-	a, err := anyOf(m)
+	a, err := anyOf(container.Metrics(u))
 	if err != nil {
 		return nil, err
 	}
@@ -363,12 +367,13 @@ func (s *Service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskap
 }
 
 // Shutdown ends the shim once it has no containers any more; Now does not wait for
-// that. It answers before it does.
+// that. A pod of the Sandbox API lives without containers, and ends with
+// ShutdownSandbox. It answers before it does.
 func (s *Service) Shutdown(_ context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
-	n := len(s.containers)
+	idle := len(s.containers) == 0 && s.api == nil
 	s.mu.Unlock()
-	if n == 0 || r.Now {
+	if idle || r.Now {
 		go s.Close()
 	}
 	return empty, nil
