@@ -120,7 +120,7 @@ critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containe
 		-page docs/compatibility.md $(if $(FOCUS),-focus '$(FOCUS)')
 
 bench: build podvm-image $(BIN)/crictl
-	@$(GO) build -o $(BIN)/bench ./test/bench
+	@$(GO) build -o $(BIN)/ ./test/bench ./test/simadaptor
 	@$(BIN)/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
 	@$(GO) test -run '^$$' -bench . ./agent-protocol/relay ./caa/agentproxy
 

@@ -67,7 +67,13 @@ func New(cfg *config.Config, log *slog.Logger) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Daemon{cfg: cfg, log: log, provider: provider, network: nodeNetwork{}}, nil
+	return NewWith(cfg, provider, log), nil
+}
+
+// NewWith is New for a provider that no configuration names: tests bring simulated
+// clouds.
+func NewWith(cfg *config.Config, provider cloud.Provider, log *slog.Logger) *Daemon {
+	return &Daemon{cfg: cfg, log: log, provider: provider, network: nodeNetwork{}}
 }
 
 // Check tells whether the adaptor could work on this node: what the provider needs

@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// groupPrefix begins the names of our cgroups; the process id of the program that
-// made them follows, so that those of a dead one can be told.
+// groupPrefix begins the names of our cgroups. For those of a node the process id of
+// the program that made them follows.
 const groupPrefix = "kata-remote-testbed-"
 
-// cgroups are one group of ours in each hierarchy of this machine.
-type cgroups []cgroup
+// Cgroups are one group of ours in each hierarchy of this machine, to be the roots of
+// a cgroup namespace. Not safe for concurrent use.
+type Cgroups []cgroup
 
 type cgroup struct {
 	home string // where this process was
@@ -55,32 +56,37 @@ func hierarchies() (map[string]string, error) {
 	return m, nil
 }
 
-// newCgroups makes the groups and removes those of dead programs.
-func newCgroups() (cgroups, error) {
+// newCgroups makes a node's groups and removes those of dead programs.
+func newCgroups() (Cgroups, error) {
 	removeStaleCgroups()
+	return NewCgroups(strconv.Itoa(os.Getpid()))
+}
+
+// NewCgroups makes groups below those of this process, whose names end as told.
+func NewCgroups(name string) (Cgroups, error) {
 	hs, err := hierarchies()
 	if err != nil {
 		return nil, err
 	}
-	var gs cgroups
-	for name, home := range hs {
-		g := cgroup{home, filepath.Join(home, groupPrefix+strconv.Itoa(os.Getpid()))}
+	var gs Cgroups
+	for hierarchy, home := range hs {
+		g := cgroup{home, filepath.Join(home, groupPrefix+name)}
 		if err := os.Mkdir(g.ours, 0o755); err != nil {
-			gs.remove()
-			return nil, fmt.Errorf("make a cgroup in hierarchy %q: %w", name, err)
+			gs.Remove()
+			return nil, fmt.Errorf("make a cgroup in hierarchy %q: %w", hierarchy, err)
 		}
 		gs = append(gs, g)
 		// A new cpuset group has no processors and no memory until it is given some.
 		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
-			if b, err := os.ReadFile(filepath.Join(home, file)); err == nil && name == "cpuset" {
+			if b, err := os.ReadFile(filepath.Join(home, file)); err == nil && hierarchy == "cpuset" {
 				if err := os.WriteFile(filepath.Join(g.ours, file), b, 0); err != nil {
-					gs.remove()
+					gs.Remove()
 					return nil, err
 				}
 			}
 		}
 		for file, value := range map[string]string{"cgroup.clone_children": "1", "memory.use_hierarchy": "1"} {
-			if (name == "cpuset") == strings.HasPrefix(file, "cgroup.") {
+			if (hierarchy == "cpuset") == strings.HasPrefix(file, "cgroup.") {
 				os.WriteFile(filepath.Join(g.ours, file), []byte(value), 0) // not in every kernel
 			}
 		}
@@ -88,10 +94,14 @@ func newCgroups() (cgroups, error) {
 	return gs, nil
 }
 
-func (gs cgroups) enter() error { return gs.move(func(g cgroup) string { return g.ours }) }
-func (gs cgroups) leave() error { return gs.move(func(g cgroup) string { return g.home }) }
+// Enter moves this process into the groups, Leave back to where it was: a process
+// started in between is born in them, and a cgroup namespace has them as its roots.
+func (gs Cgroups) Enter() error { return gs.move(func(g cgroup) string { return g.ours }) }
 
-func (gs cgroups) move(to func(cgroup) string) error {
+// Leave undoes Enter.
+func (gs Cgroups) Leave() error { return gs.move(func(g cgroup) string { return g.home }) }
+
+func (gs Cgroups) move(to func(cgroup) string) error {
 	var errs []error
 	for _, g := range gs {
 		errs = append(errs, os.WriteFile(filepath.Join(to(g), "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0))
@@ -99,7 +109,8 @@ func (gs cgroups) move(to func(cgroup) string) error {
 	return errors.Join(errs...)
 }
 
-func (gs cgroups) remove() {
+// Remove removes the groups. One that still has processes stays.
+func (gs Cgroups) Remove() {
 	for _, g := range gs {
 		removeTree(g.ours)
 	}
@@ -131,8 +142,9 @@ func removeStaleCgroups() {
 	}
 }
 
-// mountCgroups mounts every hierarchy again, seen from the new cgroup namespace.
-func mountCgroups() error {
+// MountCgroups mounts every hierarchy again below /sys/fs/cgroup, seen from the cgroup
+// namespace of this process.
+func MountCgroups() error {
 	hs, err := hierarchies()
 	if err != nil {
 		return err

@@ -129,16 +129,21 @@ func (b *Bed) Import(ctx context.Context, images ...Image) error {
 		if err := img.write(archive); err != nil {
 			return fmt.Errorf("make image %s: %w", img.Ref, err)
 		}
-		args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
-		if b.Generation.V2 {
-			args = append(args, "--local") // its transfer service wants a platform's unpacker configured
-		}
-		if _, err := Run(ctx, b.program("ctr"), append(args, archive)...); err != nil {
+		if err := b.importArchive(ctx, archive); err != nil {
 			return err
 		}
 		os.Remove(archive)
 	}
 	return nil
+}
+
+func (b *Bed) importArchive(ctx context.Context, archive string) error {
+	args := []string{"-a", ContainerdSocket, "-n", "k8s.io", "images", "import"}
+	if b.Generation.V2 {
+		args = append(args, "--local") // its transfer service wants a platform's unpacker configured
+	}
+	_, err := Run(ctx, b.program("ctr"), append(args, archive)...)
+	return err
 }
 
 // build makes the image of one layer. Of files of the same name the last one counts,

@@ -85,7 +85,7 @@ func runOutside(opt Isolation) (int, error) {
 	}
 	cmd, kept, err := startInit(opt, groups)
 	if err != nil {
-		groups.remove()
+		groups.Remove()
 		return 0, err
 	}
 	defer kept.Close()
@@ -101,7 +101,7 @@ func runOutside(opt Isolation) (int, error) {
 		return int(status[0]), nil // it stays, and so do its groups and its PID file
 	}
 	err = cmd.Wait()
-	groups.remove()
+	groups.Remove()
 	if opt.PIDFile != "" {
 		os.Remove(opt.PIDFile)
 	}
@@ -117,7 +117,7 @@ func runOutside(opt Isolation) (int, error) {
 
 // startInit starts process 1 inside the groups. kept ends when the inside has, or
 // carries the exit status that Keep was given.
-func startInit(opt Isolation, groups cgroups) (cmd *exec.Cmd, kept *os.File, err error) {
+func startInit(opt Isolation, groups Cgroups) (cmd *exec.Cmd, kept *os.File, err error) {
 	kept, w, err := os.Pipe()
 	if err != nil {
 		return nil, nil, err
@@ -137,11 +137,11 @@ func startInit(opt Isolation, groups cgroups) (cmd *exec.Cmd, kept *os.File, err
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
 	// A cgroup namespace takes its creator's group as its root: enter for the fork.
-	err = groups.enter()
+	err = groups.Enter()
 	if err == nil {
 		err = cmd.Start()
 	}
-	err = errors.Join(err, groups.leave())
+	err = errors.Join(err, groups.Leave())
 	if err == nil && opt.PIDFile != "" {
 		err = os.WriteFile(opt.PIDFile, []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o644)
 	}
@@ -302,7 +302,7 @@ func makeNode() error {
 	if err != nil {
 		return err
 	}
-	if err := mountCgroups(); err != nil {
+	if err := MountCgroups(); err != nil {
 		return err
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {

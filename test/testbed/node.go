@@ -164,10 +164,14 @@ func (b *Bed) RestartContainerd(ctx context.Context) error {
 	return err
 }
 
-// StartAdaptor starts the adaptor with the embedded provider. It may be called again
-// after the running one was killed or stopped.
+// StartAdaptor starts the adaptor with the embedded provider, or the simulated one. It
+// may be called again after the running one was killed or stopped.
 func (b *Bed) StartAdaptor(ctx context.Context) error {
-	cmd := exec.Command(filepath.Join(b.Bin, "cloud-api-adaptor"))
+	program := "cloud-api-adaptor"
+	if b.Simulated {
+		program = "simadaptor"
+	}
+	cmd := exec.Command(filepath.Join(b.Bin, program))
 	cmd.Env = append(os.Environ(), b.AdaptorConfig()...)
 	d, err := b.Start(ctx, "adaptor", cmd, func(ctx context.Context) error {
 		c, err := (&net.Dialer{}).DialContext(ctx, "unix", HypervisorSocket)
@@ -189,6 +193,8 @@ func (b *Bed) AdaptorConfig() []string {
 		"LOCAL_INITRD=" + b.Image.Initrd.Path,
 		"LOCAL_CMDLINE=" + b.Image.CommandLine,
 		"LOG_LEVEL=debug",
+		"SIM_PODVMD=" + filepath.Join(b.Bin, "podvmd"),
+		"SIM_DIR=" + filepath.Join(b.Out, "logs"),
 	}, b.AdaptorEnv...)
 }
 

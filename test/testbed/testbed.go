@@ -39,6 +39,9 @@ type Bed struct {
 	Handlers map[string]string
 	// AdaptorEnv is added to the adaptor's configuration.
 	AdaptorEnv []string
+	// Simulated pods have no virtual machine: the adaptor is simadaptor, whose
+	// instances are processes. Set it before StartAdaptor.
+	Simulated bool
 
 	// Containerd and Adaptor are nil until they are started.
 	Containerd *Daemon
