@@ -67,6 +67,7 @@ type Agent struct {
 	containers map[string]*container
 	files      map[string]*File
 	rootfs     map[string][]byte // archives by container id
+	volumes    map[string]*volume
 	calls      []string
 	oom        chan string
 	wg         sync.WaitGroup
@@ -93,6 +94,7 @@ func (a *Agent) init() {
 		a.containers = map[string]*container{}
 		a.files = map[string]*File{}
 		a.rootfs = map[string][]byte{}
+		a.volumes = map[string]*volume{}
 		a.oom = make(chan string, 16)
 	}
 }

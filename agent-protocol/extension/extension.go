@@ -20,6 +20,9 @@ const (
 	// alone (annotation.ContainerTypeSandbox under either runtime's key): the agent's
 	// own program runs in place of an image's.
 	Pause Feature = "peerpod.pause.v1"
+	// Volumes: PodVM.PutVolume and PodVM.RemoveVolume, and the storage driver
+	// SubPathDriver.
+	Volumes Feature = "peerpod.volumes.v1"
 )
 
 const (
@@ -35,6 +38,17 @@ const (
 	// Window is what an end grants the other by default. At a round trip of 1 ms
 	// it allows 1 GB/s, far above what one TLS connection carries.
 	Window = 1 << 20
+)
+
+const (
+	// VolumesDir is the directory in the guest below which PutVolume's volumes are.
+	VolumesDir = "/run/kata-containers/sandbox/volumes"
+	// SubPathDriver is a storage driver that binds a file or directory inside another
+	// storage to the storage's mount point. Source is the other storage's mount point,
+	// the driver option "path=" what is to be bound, relative to it. No symbolic link
+	// leads out of Source. What is missing is made, a directory with the options mode=,
+	// uid= and gid=.
+	SubPathDriver = "subpath"
 )
 
 // Set is what an agent advertised.

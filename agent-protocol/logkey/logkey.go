@@ -19,4 +19,5 @@ const (
 	Device    = "device"    // name of a network device
 	VNI       = "vni"       // VXLAN network identifier
 	Address   = "addr"      // network address
+	Volume    = "volume"    // name of a volume
 )

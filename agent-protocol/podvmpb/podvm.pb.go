@@ -558,6 +558,232 @@ func (x *WriteInputResponse) GetOffset() uint64 {
 	return 0
 }
 
+type PutVolumeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where containers will bind it from: one name below
+	// /run/kata-containers/sandbox/volumes.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Grows with each revision of this volume, from 1. The one that is in place is
+	// done already and its pieces are ignored, so that a call whose answer was lost
+	// can be repeated; a smaller one is FAILED_PRECONDITION.
+	Revision uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Position of data's first byte in the archive. 0 begins the archive anew. What
+	// the agent has already is skipped; a gap is OUT_OF_RANGE.
+	Offset uint64 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	// A piece of the archive, at most 1 MiB: a PAX tar of directories, regular files and
+	// symbolic links with mode, owner and time of change. Its entry "." is the volume's
+	// own directory. It has one of two shapes:
+	//
+	//	switched: a directory whose name begins with "..", with everything in it, and the
+	//	  symbolic link "..data" that names it. The agent adds a link to "..data/NAME"
+	//	  for each NAME in the directory, and takes away those of names that are gone.
+	//	plain: any tree without "..data". It has one revision.
+	Data []byte `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
+	// The archive is complete.
+	Eof           bool `protobuf:"varint,5,opt,name=eof,proto3" json:"eof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutVolumeRequest) Reset() {
+	*x = PutVolumeRequest{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutVolumeRequest) ProtoMessage() {}
+
+func (x *PutVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutVolumeRequest.ProtoReflect.Descriptor instead.
+func (*PutVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PutVolumeRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *PutVolumeRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PutVolumeRequest) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *PutVolumeRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *PutVolumeRequest) GetEof() bool {
+	if x != nil {
+		return x.Eof
+	}
+	return false
+}
+
+type PutVolumeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Bytes of the archive the agent has.
+	Offset uint64 `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	// The revision is in place.
+	Done          bool `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutVolumeResponse) Reset() {
+	*x = PutVolumeResponse{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutVolumeResponse) ProtoMessage() {}
+
+func (x *PutVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutVolumeResponse.ProtoReflect.Descriptor instead.
+func (*PutVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PutVolumeResponse) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *PutVolumeResponse) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+type RemoveVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveVolumeRequest) Reset() {
+	*x = RemoveVolumeRequest{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveVolumeRequest) ProtoMessage() {}
+
+func (x *RemoveVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveVolumeRequest.ProtoReflect.Descriptor instead.
+func (*RemoveVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RemoveVolumeRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type RemoveVolumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveVolumeResponse) Reset() {
+	*x = RemoveVolumeResponse{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveVolumeResponse) ProtoMessage() {}
+
+func (x *RemoveVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveVolumeResponse.ProtoReflect.Descriptor instead.
+func (*RemoveVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{9}
+}
+
 var File_agent_protocol_proto_podvm_proto protoreflect.FileDescriptor
 
 const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
@@ -593,20 +819,34 @@ const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
 	"\x04data\x18\x04 \x01(\fR\x04data\x12\x10\n" +
 	"\x03eof\x18\x05 \x01(\bR\x03eof\",\n" +
 	"\x12WriteInputResponse\x12\x16\n" +
-	"\x06offset\x18\x01 \x01(\x04R\x06offset*9\n" +
+	"\x06offset\x18\x01 \x01(\x04R\x06offset\"\x80\x01\n" +
+	"\x10PutVolumeRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x04R\x06offset\x12\x12\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\x12\x10\n" +
+	"\x03eof\x18\x05 \x01(\bR\x03eof\"?\n" +
+	"\x11PutVolumeResponse\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\bR\x04done\")\n" +
+	"\x13RemoveVolumeRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\x16\n" +
+	"\x14RemoveVolumeResponse*9\n" +
 	"\vCompression\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_ZSTD\x10\x01*a\n" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\xa0\x02\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x022\xd5\x03\n" +
 	"\x05PodVM\x12a\n" +
 	"\fImportRootfs\x12%.peerpod.podvm.v1.ImportRootfsRequest\x1a&.peerpod.podvm.v1.ImportRootfsResponse(\x010\x01\x12[\n" +
 	"\n" +
 	"ReadOutput\x12#.peerpod.podvm.v1.ReadOutputRequest\x1a$.peerpod.podvm.v1.ReadOutputResponse(\x010\x01\x12W\n" +
 	"\n" +
-	"WriteInput\x12#.peerpod.podvm.v1.WriteInputRequest\x1a$.peerpod.podvm.v1.WriteInputResponseBCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
+	"WriteInput\x12#.peerpod.podvm.v1.WriteInputRequest\x1a$.peerpod.podvm.v1.WriteInputResponse\x12T\n" +
+	"\tPutVolume\x12\".peerpod.podvm.v1.PutVolumeRequest\x1a#.peerpod.podvm.v1.PutVolumeResponse\x12]\n" +
+	"\fRemoveVolume\x12%.peerpod.podvm.v1.RemoveVolumeRequest\x1a&.peerpod.podvm.v1.RemoveVolumeResponseBCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
 
 var (
 	file_agent_protocol_proto_podvm_proto_rawDescOnce sync.Once
@@ -621,7 +861,7 @@ func file_agent_protocol_proto_podvm_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_protocol_proto_podvm_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_agent_protocol_proto_podvm_proto_goTypes = []any{
 	(Compression)(0),             // 0: peerpod.podvm.v1.Compression
 	(OutputStream)(0),            // 1: peerpod.podvm.v1.OutputStream
@@ -631,21 +871,29 @@ var file_agent_protocol_proto_podvm_proto_goTypes = []any{
 	(*ReadOutputResponse)(nil),   // 5: peerpod.podvm.v1.ReadOutputResponse
 	(*WriteInputRequest)(nil),    // 6: peerpod.podvm.v1.WriteInputRequest
 	(*WriteInputResponse)(nil),   // 7: peerpod.podvm.v1.WriteInputResponse
+	(*PutVolumeRequest)(nil),     // 8: peerpod.podvm.v1.PutVolumeRequest
+	(*PutVolumeResponse)(nil),    // 9: peerpod.podvm.v1.PutVolumeResponse
+	(*RemoveVolumeRequest)(nil),  // 10: peerpod.podvm.v1.RemoveVolumeRequest
+	(*RemoveVolumeResponse)(nil), // 11: peerpod.podvm.v1.RemoveVolumeResponse
 }
 var file_agent_protocol_proto_podvm_proto_depIdxs = []int32{
-	0, // 0: peerpod.podvm.v1.ImportRootfsRequest.compression:type_name -> peerpod.podvm.v1.Compression
-	1, // 1: peerpod.podvm.v1.ReadOutputRequest.stream:type_name -> peerpod.podvm.v1.OutputStream
-	2, // 2: peerpod.podvm.v1.PodVM.ImportRootfs:input_type -> peerpod.podvm.v1.ImportRootfsRequest
-	4, // 3: peerpod.podvm.v1.PodVM.ReadOutput:input_type -> peerpod.podvm.v1.ReadOutputRequest
-	6, // 4: peerpod.podvm.v1.PodVM.WriteInput:input_type -> peerpod.podvm.v1.WriteInputRequest
-	3, // 5: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
-	5, // 6: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
-	7, // 7: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: peerpod.podvm.v1.ImportRootfsRequest.compression:type_name -> peerpod.podvm.v1.Compression
+	1,  // 1: peerpod.podvm.v1.ReadOutputRequest.stream:type_name -> peerpod.podvm.v1.OutputStream
+	2,  // 2: peerpod.podvm.v1.PodVM.ImportRootfs:input_type -> peerpod.podvm.v1.ImportRootfsRequest
+	4,  // 3: peerpod.podvm.v1.PodVM.ReadOutput:input_type -> peerpod.podvm.v1.ReadOutputRequest
+	6,  // 4: peerpod.podvm.v1.PodVM.WriteInput:input_type -> peerpod.podvm.v1.WriteInputRequest
+	8,  // 5: peerpod.podvm.v1.PodVM.PutVolume:input_type -> peerpod.podvm.v1.PutVolumeRequest
+	10, // 6: peerpod.podvm.v1.PodVM.RemoveVolume:input_type -> peerpod.podvm.v1.RemoveVolumeRequest
+	3,  // 7: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
+	5,  // 8: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
+	7,  // 9: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
+	9,  // 10: peerpod.podvm.v1.PodVM.PutVolume:output_type -> peerpod.podvm.v1.PutVolumeResponse
+	11, // 11: peerpod.podvm.v1.PodVM.RemoveVolume:output_type -> peerpod.podvm.v1.RemoveVolumeResponse
+	7,  // [7:12] is the sub-list for method output_type
+	2,  // [2:7] is the sub-list for method input_type
+	2,  // [2:2] is the sub-list for extension type_name
+	2,  // [2:2] is the sub-list for extension extendee
+	0,  // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_agent_protocol_proto_podvm_proto_init() }
@@ -659,7 +907,7 @@ func file_agent_protocol_proto_podvm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_proto_podvm_proto_rawDesc), len(file_agent_protocol_proto_podvm_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   6,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -11,6 +11,8 @@ type PodVMService interface {
 	ImportRootfs(context.Context, PodVM_ImportRootfsServer) error
 	ReadOutput(context.Context, PodVM_ReadOutputServer) error
 	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
+	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
+	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
 }
 
 type PodVM_ImportRootfsServer interface {
@@ -67,6 +69,20 @@ func RegisterPodVMService(srv *ttrpc.Server, svc PodVMService) {
 				}
 				return svc.WriteInput(ctx, &req)
 			},
+			"PutVolume": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PutVolumeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PutVolume(ctx, &req)
+			},
+			"RemoveVolume": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RemoveVolumeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RemoveVolume(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"ImportRootfs": {
@@ -91,6 +107,8 @@ type PodVMClient interface {
 	ImportRootfs(context.Context) (PodVM_ImportRootfsClient, error)
 	ReadOutput(context.Context) (PodVM_ReadOutputClient, error)
 	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
+	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
+	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
 }
 
 type podvmClient struct {
@@ -174,6 +192,22 @@ func (x *podvmReadOutputClient) Recv() (*ReadOutputResponse, error) {
 func (c *podvmClient) WriteInput(ctx context.Context, req *WriteInputRequest) (*WriteInputResponse, error) {
 	var resp WriteInputResponse
 	if err := c.client.Call(ctx, "peerpod.podvm.v1.PodVM", "WriteInput", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *podvmClient) PutVolume(ctx context.Context, req *PutVolumeRequest) (*PutVolumeResponse, error) {
+	var resp PutVolumeResponse
+	if err := c.client.Call(ctx, "peerpod.podvm.v1.PodVM", "PutVolume", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *podvmClient) RemoveVolume(ctx context.Context, req *RemoveVolumeRequest) (*RemoveVolumeResponse, error) {
+	var resp RemoveVolumeResponse
+	if err := c.client.Call(ctx, "peerpod.podvm.v1.PodVM", "RemoveVolume", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

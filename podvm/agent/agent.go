@@ -59,6 +59,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 	"github.com/kata-remote/kata-remote/podvm/agent/podnet"
 	"github.com/kata-remote/kata-remote/podvm/agent/rootfs"
+	"github.com/kata-remote/kata-remote/podvm/agent/volume"
 	"golang.org/x/sys/unix"
 )
 
@@ -92,6 +93,9 @@ type Config struct {
 	// DefaultRootfsSize bounds an imported root file system whose request has no
 	// limit, in bytes. 0: half of the machine's memory.
 	DefaultRootfsSize uint64
+	// VolumesSize bounds what PutVolume brings, all volumes together, in bytes. 0: a
+	// quarter of the machine's memory.
+	VolumesSize uint64
 	// StreamBuffer is the most output in bytes kept per stream. 0:
 	// DefaultStreamBuffer.
 	StreamBuffer int
@@ -116,6 +120,8 @@ type Agent struct {
 	files *fileCopier
 	net   *podnet.Network
 	clock clock
+	// copied are the volumes that PutVolume brings; volumes are storages.
+	copied *volume.Store
 
 	// life ends when Run does: the agent's own run context, under which goroutines
 	// that outlive the call that started them work.
@@ -164,12 +170,15 @@ func New(cfg Config) (*Agent, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
+	half, err := halfOfMemory()
+	if err != nil {
+		return nil, err
+	}
 	if cfg.DefaultRootfsSize == 0 {
-		size, err := halfOfMemory()
-		if err != nil {
-			return nil, err
-		}
-		cfg.DefaultRootfsSize = size
+		cfg.DefaultRootfsSize = half
+	}
+	if cfg.VolumesSize == 0 {
+		cfg.VolumesSize = half / 2
 	}
 	cfg.StateDir = filepath.Clean(cfg.StateDir)
 	if err := os.MkdirAll(cfg.StateDir, 0o755); err != nil {
@@ -183,6 +192,7 @@ func New(cfg Config) (*Agent, error) {
 		files:      newFileCopier(filepath.Join(cfg.StateDir, "shared", "containers")),
 		net:        podnet.New(cfg.PodNetNS),
 		clock:      kernelClock,
+		copied:     volume.NewStore(filepath.Join(cfg.StateDir, "sandbox", "volumes"), cfg.VolumesSize),
 		containers: make(map[ContainerID]*container),
 		volumes:    make(map[string]*storage),
 		sandboxOp:  make(chan struct{}, 1),
@@ -221,7 +231,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*destroyTimeout)
 	defer cancel()
 	err := a.destroySandbox(clean)
-	err = errors.Join(err, a.root.Close(), a.files.close())
+	err = errors.Join(err, a.root.Close(), a.files.close(), a.copied.Reset())
 	a.endLife()
 	a.oom.close()
 	a.wg.Wait()

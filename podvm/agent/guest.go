@@ -42,7 +42,7 @@ func (s *service) GetGuestDetails(_ context.Context, req *agentpb.GuestDetailsRe
 		InitDaemon:      os.Getpid() == 1,
 		SupportsSeccomp: seccomp.Enabled,
 		StorageHandlers: storageDriverNames(),
-		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause)},
+		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause), string(extension.Volumes)},
 	}
 	r := &agentpb.GuestDetailsResponse{AgentDetails: d}
 	if req.MemBlockSize {

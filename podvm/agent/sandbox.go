@@ -198,7 +198,7 @@ func (a *Agent) destroySandbox(ctx context.Context) error {
 		}
 		cancel()
 	}
-	errs = append(errs, a.root.RemoveAll(ctx), a.files.reset())
+	errs = append(errs, a.root.RemoveAll(ctx), a.files.reset(), a.copied.Reset())
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
@@ -38,6 +39,8 @@ var storageDrivers = map[string]storageDriver{
 	"ephemeral": {lasting: true, make: mountEphemeral},
 	"local":     {lasting: true, make: makeLocal},
 	"bind":      {make: mountBind},
+
+	extension.SubPathDriver: {make: bindSubPath},
 }
 
 func storageDriverNames() []string { return slices.Sorted(maps.Keys(storageDrivers)) }
