@@ -25,6 +25,7 @@ type Pod struct {
 	// Took is how long `crictl runp` took: RunPodSandbox, and crictl's own start.
 	Took   time.Duration
 	config string // file with the pod's sandbox configuration
+	linux  map[string]any
 }
 
 // Container is one container of a pod.
@@ -41,15 +42,25 @@ var ownProcesses = map[string]any{"security_context": map[string]any{"namespace_
 // podConfigs is where configurations for crictl stand, inside the bed.
 const podConfigs = "/run/e2e"
 
+// sharedProcesses is shareProcessNamespace: one process namespace for the pod
+// (NamespaceMode POD).
+var sharedProcesses = map[string]any{"security_context": map[string]any{"namespace_options": map[string]any{"pid": 0}}}
+
 // RunPod runs a pod with the handler ("" is runc).
 func RunPod(ctx context.Context, bed *testbed.Bed, name, handler string, annotations map[string]string) (*Pod, error) {
-	p := &Pod{bed: bed, Name: name, Logs: filepath.Join("/var/log/pods", name), config: filepath.Join(podConfigs, name+".json")}
+	return runPod(ctx, bed, name, handler, annotations, ownProcesses)
+}
+
+// runPod is RunPod with the Linux part of the configuration, which the pod's
+// containers have too.
+func runPod(ctx context.Context, bed *testbed.Bed, name, handler string, annotations map[string]string, linux map[string]any) (*Pod, error) {
+	p := &Pod{bed: bed, Name: name, Logs: filepath.Join("/var/log/pods", name), config: filepath.Join(podConfigs, name+".json"), linux: linux}
 	if err := writeJSON(p.config, map[string]any{
 		"metadata":      map[string]any{"name": name, "namespace": "default", "uid": name + "-uid", "attempt": 1},
 		"hostname":      name,
 		"log_directory": p.Logs,
 		"annotations":   annotations,
-		"linux":         ownProcesses,
+		"linux":         linux,
 	}); err != nil {
 		return nil, err
 	}
@@ -93,7 +104,7 @@ func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Contain
 		"image":    map[string]any{"image": testbed.BusyboxImage},
 		"command":  command,
 		"log_path": name + ".log",
-		"linux":    ownProcesses,
+		"linux":    p.linux,
 	}); err != nil {
 		return nil, err
 	}

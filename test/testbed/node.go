@@ -97,6 +97,12 @@ const handlerConfig = `
       container_annotations = ["io.katacontainers.*"]
 `
 
+// sandboxerConfig goes on a handler's table: its pods are made through the Sandbox API,
+// and no pause image is pulled for them.
+const sandboxerConfig = `      sandboxer = "shim"
+      disable_pause_image_pull = true
+`
+
 // writeConfig writes containerd's configuration.
 func (b *Bed) writeConfig() error {
 	config, plugin := containerdConfig, "io.containerd.grpc.v1.cri"
@@ -108,6 +114,9 @@ func (b *Bed) writeConfig() error {
 	maps.Copy(handlers, b.Handlers)
 	for _, name := range slices.Sorted(maps.Keys(handlers)) {
 		text += fmt.Sprintf(handlerConfig, plugin, name, handlers[name], handlers[name] == HandlerType)
+	}
+	if b.Generation.V2 {
+		text += fmt.Sprintf(handlerConfig, plugin, SandboxHandler, HandlerType, true) + sandboxerConfig
 	}
 	return os.WriteFile(filepath.Join(b.Out, "containerd.toml"), []byte(text), 0o644)
 }

@@ -70,7 +70,9 @@ const (
 	ContainerdSocket = "/run/containerd-testbed/containerd.sock"
 	HypervisorSocket = "/run/peerpod/hypervisor.sock"
 	Handler          = "kata-remote"
-	// HandlerType is the runtime's type of Handler.
+	// SandboxHandler makes pods through the Sandbox API; only containerd 2 has it.
+	SandboxHandler = Handler + "-sandbox"
+	// HandlerType is the runtime's type of both.
 	HandlerType = "io.containerd." + Handler + ".v2"
 	// CNISubnet is the pods' network, its first address the node's.
 	CNISubnet = "10.88.0.0/16"
