@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -67,6 +68,7 @@ type Agent struct {
 	containers map[string]*container
 	files      map[string]*File
 	rootfs     map[string][]byte // archives by container id
+	times      []time.Time
 	volumes    map[string]*volume
 	calls      []string
 	oom        chan string
@@ -200,6 +202,13 @@ func (a *Agent) Rootfs(id string) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.rootfs[id]
+}
+
+// Times are what SetGuestDateTime told so far.
+func (a *Agent) Times() []time.Time {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return append([]time.Time(nil), a.times...)
 }
 
 // OOM makes the next GetOOMEvent report a container.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -322,6 +323,13 @@ func (s service) CopyFile(_ context.Context, r *agentpb.CopyFileRequest) (*empty
 		return nil, errgrpc.ToGRPC(fmt.Errorf("%s: file type of mode %v cannot be copied: %w", r.Path, fs.FileMode(r.FileMode), errdefs.ErrInvalidArgument))
 	}
 	s.files[r.Path] = f
+	return empty, nil
+}
+
+func (s service) SetGuestDateTime(_ context.Context, r *agentpb.SetGuestDateTimeRequest) (*emptypb.Empty, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.times = append(s.times, time.Unix(r.Sec, r.Usec*1000))
 	return empty, nil
 }
 

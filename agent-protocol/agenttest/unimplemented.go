@@ -80,10 +80,6 @@ func (service) MemHotplugByProbe(context.Context, *agentpb.MemHotplugByProbeRequ
 	return nil, unimplemented("MemHotplugByProbe")
 }
 
-func (service) SetGuestDateTime(context.Context, *agentpb.SetGuestDateTimeRequest) (*emptypb.Empty, error) {
-	return nil, unimplemented("SetGuestDateTime")
-}
-
 func (service) AddSwap(context.Context, *agentpb.AddSwapRequest) (*emptypb.Empty, error) {
 	return nil, unimplemented("AddSwap")
 }

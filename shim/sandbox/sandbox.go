@@ -64,6 +64,8 @@ type Config struct {
 	OOM func(container string)
 	// Stopped runs once, in its own goroutine, when the sandbox was stopped. It may be nil.
 	Stopped func()
+	// ClockInterval replaces clockInterval when it is not 0.
+	ClockInterval time.Duration
 }
 
 // Sandbox is safe for concurrent use.
@@ -85,6 +87,9 @@ type Sandbox struct {
 // New returns a sandbox in StateNew.
 func New(cfg Config) *Sandbox {
 	run, cancel := context.WithCancel(context.Background())
+	if cfg.ClockInterval == 0 {
+		cfg.ClockInterval = clockInterval
+	}
 	return &Sandbox{cfg: cfg, run: run, cancel: cancel, released: make(chan struct{})}
 }
 
@@ -226,7 +231,15 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	if _, err := guest.Agent(actx, conn, agentpb.AgentServiceService.CreateSandbox, s.createRequest(spc)); err != nil {
 		return fmt.Errorf("make the sandbox in the pod VM: %w", err)
 	}
+	// Before the first container the clock can be set with a step that nobody sees.
+	clock := make(chan error, 1)
+	go func() {
+		cctx, cancel := context.WithTimeout(actx, clockFirst)
+		defer cancel()
+		clock <- tellTime(cctx, conn)
+	}()
 	d, err := guest.Agent(actx, conn, agentpb.AgentServiceService.GetGuestDetails, &agentpb.GuestDetailsRequest{})
+	first := <-clock
 	if err != nil {
 		return fmt.Errorf("ask the agent for its features: %w", err)
 	}
@@ -237,6 +250,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 		return err
 	}
 	s.wg.Go(func() { s.watchOOM(conn) })
+	s.wg.Go(func() { s.keepTime(conn, first) })
 	s.wg.Go(func() {
 		select {
 		case <-conn.Dead():
