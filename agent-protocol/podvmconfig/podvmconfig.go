@@ -22,6 +22,9 @@ const (
 	// Path is where the document stands in the guest and the name it has in the
 	// user data's write_files.
 	Path = "/run/peerpod/apf.json"
+	// AuthPath is where the registries' credentials for pulls by the guest stand, in
+	// the form of a docker configuration, and their name in the user data.
+	AuthPath = "/run/peerpod/auth.json"
 	// ForwarderPort is the TCP port on which the forwarder answers.
 	ForwarderPort = 15150
 	// PodNetNS is the pod's network namespace inside the guest.
@@ -59,6 +62,12 @@ type Config struct {
 	// Ours: unix socket of a stock kata-agent that the forwarder fronts. Empty:
 	// podvmd's own agent.
 	AgentSocket string `json:"agent_socket,omitempty"`
+
+	// Ours: certificates, PEM, of authorities that registries may have beside those
+	// the guest's image knows.
+	RegistryCA string `json:"registry-ca,omitempty"`
+	// Ours: registries, host or host:port, that may be spoken to in plain HTTP.
+	InsecureRegistries []string `json:"insecure-registries,omitempty"`
 }
 
 // PodNetwork is the pod's network as the CNI made it on the node and as the guest

@@ -58,6 +58,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 	"github.com/kata-remote/kata-remote/podvm/agent/podnet"
+	"github.com/kata-remote/kata-remote/podvm/agent/pull"
 	"github.com/kata-remote/kata-remote/podvm/agent/rootfs"
 	"github.com/kata-remote/kata-remote/podvm/agent/volume"
 	"golang.org/x/sys/unix"
@@ -96,6 +97,9 @@ type Config struct {
 	// VolumesSize bounds what PutVolume brings, all volumes together, in bytes. 0: a
 	// quarter of the machine's memory.
 	VolumesSize uint64
+	// Images says how the guest pulls images. Dir and RootSize are set by New: below
+	// StateDir, and DefaultRootfsSize.
+	Images pull.Config
 	// StreamBuffer is the most output in bytes kept per stream. 0:
 	// DefaultStreamBuffer.
 	StreamBuffer int
@@ -122,6 +126,8 @@ type Agent struct {
 	clock clock
 	// copied are the volumes that PutVolume brings; volumes are storages.
 	copied *volume.Store
+	// images are those the guest has pulled.
+	images *pull.Store
 
 	// life ends when Run does: the agent's own run context, under which goroutines
 	// that outlive the call that started them work.
@@ -144,7 +150,8 @@ type Agent struct {
 type ContainerID string
 
 // New checks the configuration and makes the state directory. It starts nothing.
-// InvalidArgument: a path that is not absolute.
+// InvalidArgument: a path that is not absolute, an additional authority for registries
+// that is no certificate.
 func New(cfg Config) (*Agent, error) {
 	var errs []error
 	if cfg.StateDir == "" {
@@ -184,7 +191,13 @@ func New(cfg Config) (*Agent, error) {
 	if err := os.MkdirAll(cfg.StateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
 	}
+	cfg.Images.Dir, cfg.Images.RootSize = filepath.Join(cfg.StateDir, "image"), cfg.DefaultRootfsSize
+	images, err := pull.New(cfg.Images)
+	if err != nil {
+		return nil, err
+	}
 	a := &Agent{
+		images:     images,
 		cfg:        cfg,
 		log:        cfg.Logger,
 		oom:        newOOMWatch(),
@@ -231,7 +244,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*destroyTimeout)
 	defer cancel()
 	err := a.destroySandbox(clean)
-	err = errors.Join(err, a.root.Close(), a.files.close(), a.copied.Reset())
+	err = errors.Join(err, a.root.Close(), a.images.Close(), a.files.close(), a.copied.Reset())
 	a.endLife()
 	a.oom.close()
 	a.wg.Wait()

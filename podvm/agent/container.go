@@ -62,7 +62,7 @@ type container struct {
 var idPattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
 // reservedIDs are the agent's own directories beside those of the containers.
-var reservedIDs = []string{"runtime", "sandbox", "shared"}
+var reservedIDs = []string{"image", "runtime", "sandbox", "shared"}
 
 func checkContainerID(id string) error {
 	if slices.Contains(reservedIDs, id) {
@@ -135,7 +135,7 @@ func (c *container) find(id ExecID) (*process, error) {
 func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequest, sb *sandbox) error {
 	a := c.agent
 	c.spec = toSpec(req.OCI)
-	for _, s := range req.Storages {
+	for _, s := range withoutPulledPause(c.spec, req.Storages) {
 		if err := a.addStorage(ctx, c.id, s); err != nil {
 			return err
 		}

@@ -118,9 +118,13 @@ const pauseName = "/pause"
 // isBuiltIn tells whether a container gets the agent's own pause program
 // (docs/extension.md): the pod's sandbox, without a root file system.
 func isBuiltIn(spec *specs.Spec) bool {
-	sandbox := spec.Annotations[annotation.ContainerType] == annotation.ContainerTypeSandbox ||
+	return isSandbox(spec) && (spec.Root == nil || spec.Root.Path == "")
+}
+
+// isSandbox tells whether a container is the one that stands for the pod.
+func isSandbox(spec *specs.Spec) bool {
+	return spec.Annotations[annotation.ContainerType] == annotation.ContainerTypeSandbox ||
 		spec.Annotations[annotation.CRIOContainerType] == annotation.ContainerTypeSandbox
-	return sandbox && (spec.Root == nil || spec.Root.Path == "")
 }
 
 // pauseRunner runs a pod's sandbox container: one process that does nothing but hold

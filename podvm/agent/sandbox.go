@@ -205,7 +205,7 @@ func (a *Agent) destroySandbox(ctx context.Context) error {
 	if sb == nil {
 		return nil
 	}
-	if err := a.releaseSandbox(sb); err != nil {
+	if err := errors.Join(a.releaseSandbox(sb), a.images.RemoveAll()); err != nil {
 		return err
 	}
 	a.mu.Lock()

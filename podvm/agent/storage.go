@@ -39,6 +39,7 @@ var storageDrivers = map[string]storageDriver{
 	"ephemeral": {lasting: true, make: mountEphemeral},
 	"local":     {lasting: true, make: makeLocal},
 	"bind":      {make: mountBind},
+	guestPull:   {make: pullImage},
 
 	extension.SubPathDriver: {make: bindSubPath},
 }

@@ -32,6 +32,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/podvm/agent"
+	"github.com/kata-remote/kata-remote/podvm/agent/pull"
 	"github.com/kata-remote/kata-remote/podvm/forwarder"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
 	"golang.org/x/sync/errgroup"
@@ -170,6 +171,7 @@ func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend,
 		StateDir: cfg.StateDir,
 		Version:  cfg.Version,
 		Logger:   log,
+		Images:   pull.Config{AuthFile: podvmconfig.AuthPath, CA: pod.RegistryCA, Insecure: pod.InsecureRegistries},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("agent: %w", err)

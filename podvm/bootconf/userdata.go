@@ -25,7 +25,7 @@ const header = "#cloud-config"
 var Paths = []string{
 	podvmconfig.Path,
 	"/run/peerpod/aa.toml",
-	"/run/peerpod/auth.json",
+	podvmconfig.AuthPath,
 	"/run/peerpod/cdh.toml",
 	"/run/peerpod/initdata",
 	"/run/peerpod/scratch-space.marker",

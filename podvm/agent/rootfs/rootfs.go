@@ -82,7 +82,7 @@ func (s *Store) Import(ctx context.Context, id string, src func(context.Context)
 		limit = s.defaultSize
 	}
 	path := s.Path(id)
-	if err := mount(path, limit); err != nil {
+	if err := Mount(path, limit); err != nil {
 		return "", fmt.Errorf("make the root file system of container %s: %w", id, err)
 	}
 	if err := unpack(ctx, path, src(ctx), compressed); err != nil {
@@ -133,7 +133,7 @@ func (s *Store) drop(id string, t *tree) error {
 		return nil
 	}
 	delete(s.trees, id)
-	return unmount(s.Path(id))
+	return Unmount(s.Path(id))
 }
 
 // Use marks the tree of a container as in use and tells whether there is one.
@@ -205,20 +205,25 @@ func (s *Store) Close() error {
 	return s.RemoveAll(context.Background())
 }
 
-func mount(path string, limit uint64) error {
+// Inodes is how many files a root file system of a size may have.
+func Inodes(limit uint64) uint64 { return max(limit/bytesPerInode, fewestInodes) }
+
+// Mount makes a directory and mounts an empty root file system there, a tmpfs whose
+// size is limit, in bytes. After an error nothing is left.
+func Mount(path string, limit uint64) error {
 	if err := os.MkdirAll(path, 0o755); err != nil {
 		return err
 	}
-	inodes := max(limit/bytesPerInode, fewestInodes)
-	data := fmt.Sprintf("size=%d,nr_inodes=%d,mode=0755", limit, inodes)
+	data := fmt.Sprintf("size=%d,nr_inodes=%d,mode=0755", limit, Inodes(limit))
 	if err := unix.Mount("rootfs", path, "tmpfs", 0, data); err != nil {
 		return errors.Join(fmt.Errorf("mount a tmpfs of %d bytes at %s: %w", limit, path, err), rmdirs(path))
 	}
 	return nil
 }
 
-// unmount takes the tmpfs away, or only the directories where it was never mounted.
-func unmount(path string) error {
+// Unmount takes away what Mount made: the tmpfs, its directory, and the one above once
+// it is empty. Where nothing is mounted, the directories alone.
+func Unmount(path string) error {
 	err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
 	if errors.Is(err, unix.EBUSY) {
 		err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
