@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runc/libcontainer/apparmor"
 	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runc/libcontainer/configs/validate"
 	"github.com/opencontainers/runc/libcontainer/seccomp"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -40,6 +44,9 @@ func libConfig(spec *specs.Spec, in placement) (*configs.Config, error) {
 	case spec.Linux != nil && spec.Linux.Seccomp != nil && !seccomp.Enabled:
 		return nil, fmt.Errorf("the spec has a seccomp profile and this agent is built without seccomp; leave linux.seccomp out: %w", errdefs.ErrFailedPrecondition)
 	}
+	if err := checkSeccomp(spec.Linux); err != nil {
+		return nil, err
+	}
 	if st, err := os.Stat(spec.Root.Path); err != nil || !st.IsDir() {
 		return nil, fmt.Errorf("the guest has no root file system at %s (root.path); import it first: %w", spec.Root.Path, errdefs.ErrInvalidArgument)
 	}
@@ -63,12 +70,54 @@ func libConfig(spec *specs.Spec, in placement) (*configs.Config, error) {
 		return nil, err
 	}
 	cfg.AppArmorProfile = spec.Process.ApparmorProfile
+	if cfg.Umask == nil {
+		// What libcontainer gives a first process; so that one added has the same.
+		mask := uint32(defaultUmask)
+		cfg.Umask = &mask
+	}
+	if adj, err := ownOOMScoreAdj(); cfg.OomScoreAdj == nil && err == nil && adj != 0 {
+		// The protocol has no presence: 0 is what was asked for, and not inherited.
+		zero := 0
+		cfg.OomScoreAdj = &zero
+	}
+	// libcontainer does this too, where its errors are no longer told from others.
+	if err := validate.Validate(cfg); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
 	return cfg, nil
+}
+
+const defaultUmask = 0o022
+
+// ownOOMScoreAdj is what the agent was given: by systemd, say, that it be spared.
+func ownOOMScoreAdj() (int, error) {
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// checkSeccomp refuses a profile that wants a program of the node to decide.
+func checkSeccomp(l *specs.Linux) error {
+	if l == nil || l.Seccomp == nil {
+		return nil
+	}
+	notify := l.Seccomp.DefaultAction == specs.ActNotify
+	for _, s := range l.Seccomp.Syscalls {
+		notify = notify || s.Action == specs.ActNotify
+	}
+	if notify {
+		return fmt.Errorf("the seccomp profile has the action %s, which asks a program of the node, and that cannot look into a pod VM: use %s instead: %w", specs.ActNotify, specs.ActErrno, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // place puts the container into its namespaces and its cgroup.
 func place(spec *specs.Spec, in placement) {
-	var cgroupNS, userNS bool
+	// With one cgroup hierarchy a container sees the limits that are its own at the
+	// root, where programs look for them.
+	cgroupNS, userNS := cgroups.IsCgroup2UnifiedMode(), false
 	for _, ns := range spec.Linux.Namespaces {
 		cgroupNS = cgroupNS || ns.Type == specs.CgroupNamespace
 		userNS = userNS || ns.Type == specs.UserNamespace && len(spec.Linux.UIDMappings) > 0

@@ -54,6 +54,7 @@ type container struct {
 	state     ContainerState     // guarded by mu
 	initExec  ExecID             // guarded by mu; another name of the first process
 	init      *process           // guarded by mu
+	pid       int                // guarded by mu; of the first process, in the agent's pid namespace; 0: none yet
 	execs     []*process         // guarded by mu; oldest first
 	resources *cgroups.Resources // guarded by mu; what is in force
 }
@@ -148,6 +149,17 @@ func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequ
 		}
 		c.imported = used
 	}
+	if err := c.checkSources(); err != nil {
+		return err
+	}
+	if !isBuiltIn(c.spec) {
+		addHooks(c.spec, sb.hooks)
+		if c.spec.Process != nil && c.spec.Root != nil {
+			if err := nameUsers(c.spec.Process, req.StringUser, c.spec.Root.Path); err != nil {
+				return err
+			}
+		}
+	}
 	where := placement{
 		ipc: sb.ipc, uts: sb.uts, net: a.cfg.PodNetNS, hostname: sb.hostname != "",
 		cgroup: filepath.Join(a.cfg.CgroupParent, string(c.id)),
@@ -163,11 +175,25 @@ func (c *container) create(ctx context.Context, req *agentpb.CreateContainerRequ
 	if err := r.spawn(init, c.spec.Process != nil && c.spec.Process.Terminal); err != nil {
 		return err
 	}
-	return c.created(init, ExecID(req.ExecId))
+	return c.created(init, ExecID(req.ExecId), req.SharedMounts)
+}
+
+// checkSources names the mount whose source the guest does not have; the kernel would
+// only say that something is missing.
+func (c *container) checkSources() error {
+	for _, m := range c.spec.Mounts {
+		if m.Type != "bind" && !slices.Contains(m.Options, "bind") && !slices.Contains(m.Options, "rbind") {
+			continue
+		}
+		if _, err := os.Stat(m.Source); err != nil {
+			return fmt.Errorf("mount %s: the guest has no %s to bind there: %w: %w", m.Destination, m.Source, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
 }
 
 // created notes what is known once the first process exists.
-func (c *container) created(init *process, initExec ExecID) error {
+func (c *container) created(init *process, initExec ExecID, shared []*agentpb.SharedMount) error {
 	fail := func(err error) error {
 		_ = init.handle.Signal(unix.SIGKILL)
 		_, _ = init.handle.Wait()
@@ -176,6 +202,9 @@ func (c *container) created(init *process, initExec ExecID) error {
 	}
 	at, err := c.runner.first()
 	if err != nil {
+		return fail(err)
+	}
+	if err := c.agent.shareMounts(shared, at.pid); err != nil {
 		return fail(err)
 	}
 	c.cgroup, c.sharedPID = at.cgroup, at.sharedPID
@@ -189,7 +218,7 @@ func (c *container) created(init *process, initExec ExecID) error {
 		}
 	}
 	c.mu.Lock()
-	c.init, c.initExec, c.resources = init, initExec, &at.limits
+	c.init, c.initExec, c.resources, c.pid = init, initExec, &at.limits, at.pid
 	c.mu.Unlock()
 	if err := c.to(StateCreated); err != nil {
 		return fail(err)
@@ -254,14 +283,17 @@ func (c *container) start(ctx context.Context) error {
 	return nil
 }
 
-// exec adds a process.
-func (c *container) exec(ctx context.Context, id ExecID, spec *specs.Process) error {
+// exec adds a process. user has names for what the spec has numbers of; nil: none.
+func (c *container) exec(ctx context.Context, id ExecID, spec *specs.Process, user *agentpb.StringUser) error {
 	if err := c.lock(ctx); err != nil {
 		return err
 	}
 	defer c.unlock()
 	if _, err := c.in(StateRunning); err != nil {
 		return err
+	}
+	if err := nameUsers(spec, user, c.rootNow()); err != nil {
+		return fmt.Errorf("exec %s in container %s: %w", id, c.id, err)
 	}
 	p, err := newProcess(id, spec, false)
 	if err != nil {
@@ -279,6 +311,13 @@ func (c *container) exec(ctx context.Context, id ExecID, spec *specs.Process) er
 	_ = p.to(ProcessRunning) // from Starting, always
 	c.agent.wg.Go(func() { c.await(p) })
 	return nil
+}
+
+// rootNow is the container's root directory with all that is mounted in it.
+func (c *container) rootNow() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return "/proc/" + strconv.Itoa(c.pid) + "/root"
 }
 
 // reserve takes an exec id, and makes room for it.

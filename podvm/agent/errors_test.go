@@ -214,9 +214,9 @@ func TestCodes(t *testing.T) {
 			return err
 		}, codes.InvalidArgument},
 		{"devices", func() error {
-			_, err := g.CreateContainer(ctx, &agentpb.CreateContainerRequest{ContainerId: "new", OCI: g.spec("true"), Devices: []*agentpb.Device{{}}})
+			_, err := g.CreateContainer(ctx, &agentpb.CreateContainerRequest{ContainerId: "new", OCI: g.spec("true"), Devices: []*agentpb.Device{{Id: "gpu0", ContainerPath: "/dev/gpu"}}})
 			return err
-		}, codes.Unimplemented},
+		}, codes.InvalidArgument},
 		{"resize without tty", func() error {
 			_, err := g.TtyWinResize(ctx, &agentpb.TtyWinResizeRequest{ContainerId: "run"})
 			return err

@@ -3,10 +3,14 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -100,3 +104,33 @@ func (s *service) ReseedRandomDev(_ context.Context, req *agentpb.ReseedRandomDe
 	}
 	return empty(nil)
 }
+
+// moduleLoaders are where a guest has modprobe, if it has it. The image that this
+// repository builds has what a pod needs in its kernel and loads no more.
+var moduleLoaders = []string{"/usr/sbin/modprobe", "/sbin/modprobe"}
+
+// loadModules makes sure that kernel modules are there, with modprobe where the guest
+// has it. One that is there already, without parameters, needs nothing.
+// FailedPrecondition: the guest cannot load it.
+func loadModules(ctx context.Context, modules []*agentpb.KernelModule) error {
+	for _, m := range modules {
+		if !moduleName.MatchString(m.Name) {
+			return fmt.Errorf("kernel module %q: that is no name of one: %w", m.Name, errdefs.ErrInvalidArgument)
+		}
+		if _, err := os.Stat("/sys/module/" + strings.ReplaceAll(m.Name, "-", "_")); err == nil && len(m.Parameters) == 0 {
+			continue
+		}
+		i := slices.IndexFunc(moduleLoaders, func(path string) bool { _, err := os.Stat(path); return err == nil })
+		if i < 0 {
+			return fmt.Errorf("kernel module %s: the guest's modules are those of its image, which has no modprobe; take it out of kernel_modules, or use a pod VM image that has it: %w", m.Name, errdefs.ErrFailedPrecondition)
+		}
+		out, err := exec.CommandContext(ctx, moduleLoaders[i], append([]string{m.Name}, m.Parameters...)...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("kernel module %s: %w: %s: %w", m.Name, err, bytes.TrimSpace(out), errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
+}
+
+// moduleName keeps an option of modprobe from passing for a module.
+var moduleName = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9_-]*$`)

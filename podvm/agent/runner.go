@@ -3,14 +3,18 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -61,18 +65,34 @@ func (c *container) newRunner(in placement) (runner, *process, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	late := keepLate(cfg)
 	lib, err := libcontainer.Create(filepath.Join(c.agent.cfg.StateDir, "runtime"), string(c.id), cfg)
 	if err != nil {
 		return nil, nil, err
 	}
-	return &libRunner{lib: lib, cfg: cfg, buffer: c.agent.cfg.StreamBuffer}, init, nil
+	return &libRunner{lib: lib, cfg: cfg, buffer: c.agent.cfg.StreamBuffer, late: late, log: c.agent.log}, init, nil
+}
+
+// keepLate takes the hooks out of the configuration that libcontainer runs at another
+// time than the specification says, or whose failure it takes for its own.
+func keepLate(cfg *configs.Config) configs.Hooks {
+	late := configs.Hooks{}
+	for _, name := range []configs.HookName{configs.Poststart, configs.Poststop} {
+		if list := cfg.Hooks[name]; len(list) > 0 {
+			late[name] = list
+			delete(cfg.Hooks, name)
+		}
+	}
+	return late
 }
 
 // libRunner runs a container with libcontainer.
 type libRunner struct {
 	lib    *libcontainer.Container
 	cfg    *configs.Config
-	buffer int // bytes kept per stream
+	buffer int           // bytes kept per stream
+	late   configs.Hooks // what libcontainer does not run
+	log    *slog.Logger
 }
 
 func (r *libRunner) spawn(p *process, terminal bool) error {
@@ -109,6 +129,44 @@ func (r *libRunner) first() (residence, error) {
 	}, nil
 }
 
-func (r *libRunner) begin() error { return r.lib.Exec() }
+func (r *libRunner) begin() error {
+	if err := r.lib.Exec(); err != nil {
+		return err
+	}
+	if err := r.hook(configs.Poststart); err != nil {
+		return errors.Join(err, r.lib.Signal(unix.SIGKILL))
+	}
+	return nil
+}
 
-func (r *libRunner) destroy() error { return r.lib.Destroy() }
+// destroy takes the container away even if a hook that is to run afterwards fails
+// (runtime-spec 1.2, config.md, "Posix-platform Hooks").
+func (r *libRunner) destroy() error {
+	if err := r.lib.Destroy(); err != nil {
+		return err
+	}
+	err := r.hook(configs.Poststop)
+	delete(r.late, configs.Poststop)
+	if err != nil {
+		r.log.Warn("a poststop hook failed", logkey.Container, r.lib.ID(), logkey.Error, err)
+	}
+	return nil
+}
+
+// hook runs the hooks of a name that libcontainer does not.
+func (r *libRunner) hook(name configs.HookName) error {
+	if len(r.late[name]) == 0 {
+		return nil
+	}
+	st, err := r.lib.OCIState()
+	if err != nil {
+		return err
+	}
+	if name == configs.Poststop {
+		st.Status = specs.StateStopped
+	}
+	if err := r.late.Run(name, st); err != nil {
+		return fmt.Errorf("%s hook: %w", name, err)
+	}
+	return nil
+}

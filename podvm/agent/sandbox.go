@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,6 +25,7 @@ type sandbox struct {
 	hostname string
 	ipc, uts string   // paths of its namespaces
 	storages []string // mount points it holds a reference to
+	hooks    *specs.Hooks
 	pidns    *os.File // guarded by Agent.mu; nil: no container was created yet
 	ending   bool     // guarded by Agent.mu; being destroyed: no container may be added
 }
@@ -44,8 +46,8 @@ func (a *Agent) createSandbox(ctx context.Context, req *agentpb.CreateSandboxReq
 	if err := checkID("sandbox_id", req.SandboxId); err != nil {
 		return err
 	}
-	if len(req.KernelModules) > 0 {
-		return fmt.Errorf("kernel module %s: the guest's modules are those of its image: %w", req.KernelModules[0].Name, errdefs.ErrNotImplemented)
+	if err := loadModules(ctx, req.KernelModules); err != nil {
+		return err
 	}
 	if err := a.lockSandbox(ctx); err != nil {
 		return err
@@ -68,6 +70,9 @@ func (a *Agent) createSandbox(ctx context.Context, req *agentpb.CreateSandboxReq
 			err = errors.Join(err, a.releaseSandbox(sb))
 		}
 	}()
+	if sb.hooks, err = guestHooks(req.GuestHookPath); err != nil {
+		return err
+	}
 	if err := a.makeNamespaces(sb); err != nil {
 		return fmt.Errorf("make the namespaces of sandbox %s: %w", sb.id, err)
 	}

@@ -122,16 +122,19 @@ func checkCreate(req *agentpb.CreateContainerRequest) error {
 	if req.OCI == nil {
 		return fmt.Errorf("container %s: OCI is missing: %w", req.ContainerId, errdefs.ErrInvalidArgument)
 	}
-	for what, asked := range map[string]bool{
-		"devices": len(req.Devices) > 0, "shared_mounts": len(req.SharedMounts) > 0, "string_user": req.StringUser != nil,
-		"stdin_port, stdout_port, stderr_port": req.StdinPort|req.StdoutPort|req.StderrPort != 0,
-	} {
-		if asked {
-			return fmt.Errorf("container %s: this agent does not have %s: %w", req.ContainerId, what, errdefs.ErrNotImplemented)
-		}
+	for _, d := range req.Devices {
+		return fmt.Errorf("container %s: device %s (%s %s, %s in the guest): a pod VM in a cloud has no device of its node, and none is plugged in after its start; take it out of the pod: %w",
+			req.ContainerId, d.ContainerPath, d.Type, d.Id, d.VmPath, errdefs.ErrInvalidArgument)
+	}
+	if req.StdinPort|req.StdoutPort|req.StderrPort != 0 {
+		return fmt.Errorf("container %s: %w", req.ContainerId, errPorts)
 	}
 	return nil
 }
+
+// errPorts is the answer to a runtime that wants a process's streams on ports of its
+// own.
+var errPorts = fmt.Errorf("stdin_port, stdout_port, stderr_port: there is no vsock between a node and a pod VM; leave them 0 and use ReadStdout, ReadStderr and WriteStdin: %w", errdefs.ErrInvalidArgument)
 
 func (s *service) StartContainer(ctx context.Context, req *agentpb.StartContainerRequest) (*emptypb.Empty, error) {
 	c, err := s.a.container(req.ContainerId, errdefs.ErrInternal)
@@ -173,10 +176,10 @@ func (s *service) ExecProcess(ctx context.Context, req *agentpb.ExecProcessReque
 	switch {
 	case req.Process == nil || len(req.Process.Args) == 0:
 		err = fmt.Errorf("exec %s: process.Args is empty: %w", req.ExecId, errdefs.ErrInvalidArgument)
-	case req.StdinPort|req.StdoutPort|req.StderrPort != 0, req.StringUser != nil:
-		err = fmt.Errorf("exec %s: this agent has neither ports for streams nor string_user: %w", req.ExecId, errdefs.ErrNotImplemented)
+	case req.StdinPort|req.StdoutPort|req.StderrPort != 0:
+		err = fmt.Errorf("exec %s: %w", req.ExecId, errPorts)
 	default:
-		err = c.exec(ctx, ExecID(req.ExecId), toProcess(req.Process))
+		err = c.exec(ctx, ExecID(req.ExecId), toProcess(req.Process), req.StringUser)
 	}
 	return empty(err)
 }

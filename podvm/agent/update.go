@@ -49,6 +49,10 @@ func (c *container) update(ctx context.Context, r *specs.LinuxResources) error {
 // merge returns the limits with those that were said put in. Access to devices is
 // not a matter of updates.
 func merge(have cgroups.Resources, said *cgroups.Resources) cgroups.Resources {
+	if said.Memory != 0 && said.MemorySwap == 0 && have.MemorySwap == have.Memory {
+		// The sum with swap was the same number: no swap, and so it stays.
+		have.MemorySwap = said.Memory
+	}
 	put(&have.Memory, said.Memory)
 	put(&have.MemoryReservation, said.MemoryReservation)
 	put(&have.MemorySwap, said.MemorySwap)
