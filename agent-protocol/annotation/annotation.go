@@ -50,4 +50,8 @@ const (
 	DefaultGPUs     = HypervisorPrefix + "default_gpus"      // decimal
 	DefaultGPUModel = HypervisorPrefix + "default_gpu_model" // free text
 	InitData        = HypervisorPrefix + "cc_init_data"      // decoded TOML in CreateVM
+
+	// ForceGuestPull, "true" or "false", has the guest pull the images of the pod's
+	// containers whatever the node offers as their root file systems.
+	ForceGuestPull = "io.katacontainers.config.runtime.experimental_force_guest_pull"
 )

@@ -9,6 +9,12 @@
 //	remote_hypervisor_socket  = "/run/peerpod/hypervisor.sock"
 //	remote_hypervisor_timeout = 600      # seconds for the pod VM to come up
 //
+//	[runtime]
+//	experimental_force_guest_pull = true # the pod VM pulls images, see docs/guest-pull.md
+//
+// The last may also be written guest_pull, in that table or outside of any: then it can
+// stand in the handler's options themselves, without a file (containerd 1.7 and later).
+//
 // The keys that kata has and that mean nothing here, because the adaptor or the pod
 // VM decides what they would, are accepted and ignored: ignored below lists them. Any
 // other key is an error, so that a misspelt one does not go unnoticed.
@@ -43,7 +49,12 @@ type Config struct {
 	Socket string
 	// Timeout bounds the start of a pod VM.
 	Timeout time.Duration
+	// GuestPull: the pod VM pulls the containers' images.
+	GuestPull bool
 }
+
+// guestPull is the key of GuestPull.
+const guestPull = "guest_pull"
 
 // typeURLs are the names under which containerd has sent runtimeoptions.Options.
 var typeURLs = []string{"runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"}
@@ -125,6 +136,12 @@ func (c *Config) parse(text []byte) error {
 			} else if n > 0 {
 				c.Timeout = time.Duration(n) * time.Second
 			}
+		case table == "" && key == guestPull, table == "runtime" && (key == guestPull || key == "experimental_force_guest_pull"):
+			on, ok := value.(bool)
+			if !ok {
+				bad("%s is neither true nor false", key)
+			}
+			c.GuestPull = c.GuestPull || on
 		case strings.HasPrefix(table, "hypervisor.") && table != "hypervisor.remote":
 			bad("[%s] is not a remote hypervisor; only [hypervisor.remote] is supported", table)
 		case !ignores(table, key):

@@ -52,6 +52,7 @@ func TestLoad(t *testing.T) {
 	}
 	defaults := Config{Socket: DefaultSocket, Timeout: DefaultTimeout}
 	kata := Config{Socket: "/run/peerpod/other.sock", Timeout: 90 * time.Second}
+	pull := Config{Socket: DefaultSocket, Timeout: DefaultTimeout, GuestPull: true}
 	const url = "runtimeoptions.v1.Options"
 	for name, c := range map[string]struct {
 		in   *anypb.Any
@@ -65,6 +66,10 @@ func TestLoad(t *testing.T) {
 		"old type":     {options(t, "cri.runtimeoptions.v1.Options", &runtimeoptions.Options{ConfigPath: path}), kata},
 		"type's host":  {options(t, "types.googleapis.com/"+url, &runtimeoptions.Options{ConfigPath: path}), kata},
 		"body":         {options(t, url, &runtimeoptions.Options{ConfigBody: []byte(kataFile)}), kata},
+		"pull":         {options(t, url, &runtimeoptions.Options{ConfigBody: []byte("guest_pull = true")}), pull},
+		"pull, table":  {options(t, url, &runtimeoptions.Options{ConfigBody: []byte("[runtime]\nguest_pull = true\nexperimental_force_guest_pull = false")}), pull},
+		"pull, kata's": {options(t, url, &runtimeoptions.Options{ConfigBody: []byte("[runtime]\nexperimental_force_guest_pull = true")}), pull},
+		"no pull":      {options(t, url, &runtimeoptions.Options{ConfigBody: []byte("guest_pull = false")}), defaults},
 		"empty socket": {options(t, url, &runtimeoptions.Options{ConfigBody: []byte("[hypervisor.remote]\nremote_hypervisor_socket = \"\"\nremote_hypervisor_timeout = 0")}), defaults},
 	} {
 		if got, err := Load(c.in); err != nil || got != c.want {
@@ -88,6 +93,7 @@ func TestLoad(t *testing.T) {
 		"bad timeout":   {body("[hypervisor.remote]\nremote_hypervisor_timeout = \"soon\""), "seconds"},
 		"syntax":        {body("["), "options of the runtime handler"},
 		"stray":         {body("socket = 1"), "unknown key socket"},
+		"bad pull":      {body("guest_pull = \"yes\""), "guest_pull is neither true nor false"},
 	} {
 		if _, err := Load(c.in); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)

@@ -6,7 +6,8 @@
 //   - FromNode mounts what containerd's snapshotter hands out and streams it.
 //   - AgentsOwn brings nothing: the agent has a program of its own for the pod's
 //     sandbox container.
-//   - Pull by the guest has the same interface: what it needs is in the mounts.
+//   - GuestPull names the image, and the agent pulls it: where the snapshotter says so
+//     in its mounts, or containerd's configuration or the pod itself does.
 //
 // Choose picks the way by the request and by what the agent can do.
 package rootfs
@@ -14,7 +15,6 @@ package rootfs
 import (
 	"context"
 	"fmt"
-	"strings"
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
@@ -35,6 +35,12 @@ type Request struct {
 	Mounts []*types.Mount
 	// Sandbox: it is the pod's sandbox container.
 	Sandbox bool
+	// Annotations of the container. They name its image.
+	Annotations map[string]string
+	// ForcePull: the guest pulls the image whatever Mounts say.
+	ForcePull bool
+	// Handlers are the agent's storage drivers. Empty: it does not tell.
+	Handlers []string
 }
 
 // Result says where the guest has it.
@@ -54,10 +60,6 @@ type Source interface {
 	Prepare(ctx context.Context, r Request) (Result, error)
 }
 
-// virtualVolume begins the mount option by which nydus-snapshotter says that the
-// guest is to pull the image (kata-containers 4.1, src/libs/kata-types/src/mount.rs).
-const virtualVolume = "io.katacontainers.volume="
-
 // AgentsOwn is the agent's own pause program. It is what the guest runs in the place
 // of the pod's sandbox container, which does nothing but exist: sending an image
 // for it would cost every pod's start the time of a container.
@@ -71,12 +73,12 @@ func Choose(conn *guest.Conn, features extension.Set, r Request) (Source, error)
 	if r.Sandbox && features.Has(extension.Pause) {
 		return AgentsOwn{}, nil
 	}
-	for _, m := range r.Mounts {
-		for _, o := range m.Options {
-			if strings.HasPrefix(o, virtualVolume) {
-				return nil, fmt.Errorf("container %s: the snapshotter asks that the pod VM pull the image (a KataVirtualVolume mount), which is not supported yet: configure an ordinary snapshotter such as overlayfs for this runtime: %w", r.Container, errdefs.ErrNotImplemented)
-			}
-		}
+	pull, err := pulled(r)
+	if err != nil {
+		return nil, err
+	}
+	if pull != nil {
+		return pull, nil
 	}
 	if !features.Has(extension.Rootfs) {
 		return nil, fmt.Errorf("container %s: the agent in the pod VM cannot take a root file system from the node (it lacks %s): use a pod VM image made by this project: %w", r.Container, extension.Rootfs, errdefs.ErrNotImplemented)

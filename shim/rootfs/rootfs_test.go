@@ -198,10 +198,6 @@ func TestRefused(t *testing.T) {
 	if _, err := (&FromNode{conn: c}).Prepare(testContext(t), Request{Container: "c", Bundle: t.TempDir(), Mounts: bad}); err == nil || !strings.Contains(err.Error(), "mount the root file system") {
 		t.Errorf("bad mount: %v", err)
 	}
-	pull := Request{Container: "c", Mounts: []*types.Mount{{Type: "fuse.nydus-overlayfs", Options: []string{"io.katacontainers.volume=e30="}}}}
-	if _, err := Choose(c, extension.Set{string(extension.Rootfs)}, pull); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "KataVirtualVolume") {
-		t.Errorf("guest pull: %v", err)
-	}
 	both := extension.Set{string(extension.Rootfs), string(extension.Pause)}
 	for _, tc := range []struct {
 		sandbox  bool

@@ -49,7 +49,14 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 	if err != nil {
 		return nil, err
 	}
-	rr := rootfs.Request{Container: r.ID, Bundle: r.Bundle, Mounts: r.Rootfs, Sandbox: role == spec.RoleSandbox}
+	forced, err := rootfs.ForcesPull(spc.Annotations)
+	if err != nil {
+		return nil, err
+	}
+	rr := rootfs.Request{
+		Container: r.ID, Bundle: r.Bundle, Mounts: r.Rootfs, Sandbox: role == spec.RoleSandbox,
+		Annotations: spc.Annotations, ForcePull: forced || g.Pull, Handlers: g.Handlers,
+	}
 	if spc.Root != nil {
 		rr.Root = spc.Root.Path
 	}

@@ -34,6 +34,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/shim/config"
 	"github.com/kata-remote/kata-remote/shim/guest"
+	"github.com/kata-remote/kata-remote/shim/rootfs"
 	"github.com/kata-remote/kata-remote/shim/spec"
 	"github.com/kata-remote/kata-remote/shim/state"
 	"github.com/kata-remote/kata-remote/shim/volume"
@@ -81,6 +82,8 @@ type Sandbox struct {
 	conn     *guest.Conn
 	features extension.Set
 	seccomp  bool
+	handlers []string      // the agent's storage drivers
+	pull     bool          // the guest pulls images
 	released chan struct{} // closed when the pod VM was given back, or word was left
 }
 
@@ -98,6 +101,10 @@ type Guest struct {
 	Conn     *guest.Conn
 	Features extension.Set
 	Seccomp  bool
+	// Handlers are the agent's storage drivers.
+	Handlers []string
+	// Pull: it pulls the images of the containers.
+	Pull bool
 }
 
 // Holds tells whether the agent has a program of its own for a container that only
@@ -118,7 +125,7 @@ func (s *Sandbox) Guest() (Guest, error) {
 	if s.state != StateReady {
 		return Guest{}, fmt.Errorf("sandbox %s is %s, not ready: %w", s.cfg.ID, s.state, errdefs.ErrFailedPrecondition)
 	}
-	return Guest{s.conn, s.features, s.seccomp}, nil
+	return Guest{s.conn, s.features, s.seccomp, s.handlers, s.pull}, nil
 }
 
 // ID is the sandbox's id.
@@ -159,6 +166,9 @@ func wanted(spc *specs.Spec, role spec.Role, id string) (netns string, annotatio
 	if _, err := os.Stat(netns); err != nil {
 		return "", nil, fmt.Errorf("network namespace of the sandbox: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
+	if _, err := rootfs.ForcesPull(spc.Annotations); err != nil {
+		return "", nil, err
+	}
 	annotations, err = vmAnnotations(spc, role, id)
 	return netns, annotations, err
 }
@@ -174,8 +184,9 @@ func (s *Sandbox) Start(ctx context.Context, spc *specs.Spec, role spec.Role, cf
 	if err := s.move(eventStart); err != nil {
 		return err
 	}
+	forced, _ := rootfs.ForcesPull(spc.Annotations) // wanted has seen to it
 	s.mu.Lock()
-	s.record = record
+	s.record, s.pull = record, cfg.GuestPull || forced
 	s.mu.Unlock()
 	if err := record.Write(filepath.Join(s.cfg.Bundle, RecordName)); err != nil {
 		s.move(eventStop)
@@ -245,6 +256,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	}
 	s.mu.Lock()
 	s.features, s.seccomp = d.GetAgentDetails().GetExtraFeatures(), d.GetAgentDetails().GetSupportsSeccomp()
+	s.handlers = d.GetAgentDetails().GetStorageHandlers()
 	s.mu.Unlock()
 	if err := s.move(eventReady); err != nil {
 		return err
