@@ -41,7 +41,7 @@ type Stock struct {
 	Dir string
 
 	mu    sync.Mutex
-	conns int // accepted so far; guarded by mu
+	conns []net.Conn // accepted so far; guarded by mu
 }
 
 // shutdownTimeout is for replies on their way when the agent ends.
@@ -54,7 +54,7 @@ func (s *Stock) Socket() string { return filepath.Join(s.Dir, "agent.sock") }
 func (s *Stock) Connections() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.conns
+	return len(s.conns)
 }
 
 // Serve makes the directory, listens, and answers until ctx ends or the sandbox is
@@ -84,19 +84,27 @@ func (s *Stock) Serve(ctx context.Context) error {
 	svc := &stockService{service: service{s.Agent}, stock: s, end: cancel}
 	agentpb.RegisterAgentServiceService(srv, svc)
 	agentpb.RegisterHealthService(srv, svc)
+	calls, stopCalls := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopCalls()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
 		<-ctx.Done()
-		// Shutdown lets the reply to DestroySandbox go out; calls that wait for ever
-		// end with their connections.
+		// Shutdown lets the reply to DestroySandbox go out. Calls that wait for ever
+		// end with their connections, as they do when a process ends.
 		idle, stop := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer stop()
 		if srv.Shutdown(idle) != nil {
+			s.mu.Lock()
+			for _, c := range s.conns {
+				c.Close()
+			}
+			s.mu.Unlock()
+			stopCalls()
 			srv.Close()
 		}
 	}()
-	err = srv.Serve(context.WithoutCancel(ctx), counted{l, s})
+	err = srv.Serve(calls, counted{l, s})
 	cancel()
 	<-ended
 	if errors.Is(err, ttrpc.ErrServerClosed) {
@@ -105,7 +113,7 @@ func (s *Stock) Serve(ctx context.Context) error {
 	return err
 }
 
-// counted counts the connections it accepts.
+// counted remembers the connections it accepts.
 type counted struct {
 	net.Listener
 	stock *Stock
@@ -115,7 +123,7 @@ func (c counted) Accept() (net.Conn, error) {
 	conn, err := c.Listener.Accept()
 	if err == nil {
 		c.stock.mu.Lock()
-		c.stock.conns++
+		c.stock.conns = append(c.stock.conns, conn)
 		c.stock.mu.Unlock()
 	}
 	return conn, err
