@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-remote/kata-remote/agent-protocol/relay"
 )
 
 const (
@@ -69,7 +71,7 @@ func (t Target) dialer() *net.Dialer {
 
 // Wait dials until the forwarder has answered and proved who it is, or ctx is done.
 // The error then says what the last attempt met.
-func Wait(ctx context.Context, t Target) (*tls.Conn, error) {
+func Wait(ctx context.Context, t Target) (*relay.TLSConn, error) {
 	var last error
 	for {
 		raw, err := connect(ctx, t, &last)
@@ -148,10 +150,10 @@ func isTimeout(err error) bool {
 	return errors.As(err, &ne) && ne.Timeout()
 }
 
-func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (*tls.Conn, error) {
+func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (*relay.TLSConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	c := tls.Client(raw, cfg)
+	c := relay.TLSClient(raw, cfg)
 	if err := c.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("TLS: %w", err)
@@ -178,7 +180,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 }
 
 // alive tells whether the peer of an idle connection has not hung up.
-func alive(c *tls.Conn) bool {
+func alive(c *relay.TLSConn) bool {
 	tc, ok := c.NetConn().(*net.TCPConn)
 	if !ok {
 		return false

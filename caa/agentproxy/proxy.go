@@ -8,7 +8,6 @@ package agentproxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -49,7 +48,7 @@ type Config struct {
 	Target Target
 	// First is a connection to Target that the first client gets; the proxy owns it.
 	// Nil: none.
-	First *tls.Conn
+	First *relay.TLSConn
 	// Silent is called, once for each client that has to wait, when the VM does not
 	// answer. Its context ends when the VM has answered or the client is sent away.
 	// Nil: nobody is told.
@@ -69,9 +68,9 @@ type Proxy struct {
 	wg   sync.WaitGroup
 
 	mu     sync.Mutex
-	first  *tls.Conn // dialled and verified already; guarded by mu
-	active int       // connections being carried; guarded by mu
-	served bool      // some client was carried; guarded by mu
+	first  *relay.TLSConn // dialled and verified already; guarded by mu
+	active int            // connections being carried; guarded by mu
+	served bool           // some client was carried; guarded by mu
 }
 
 // Listen makes the socket and serves it until Close. AlreadyExists: another process
@@ -204,7 +203,7 @@ func (p *Proxy) count(n int) {
 }
 
 // takeFirst hands out the connection the start left, once, if it still stands.
-func (p *Proxy) takeFirst() *tls.Conn {
+func (p *Proxy) takeFirst() *relay.TLSConn {
 	p.mu.Lock()
 	c := p.first
 	p.first = nil

@@ -129,7 +129,7 @@ func (v *vm) stop() { v.srv.Close(); <-v.done }
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-func listen(t testing.TB, target Target, first *tls.Conn) (*Proxy, string) {
+func listen(t testing.TB, target Target, first *relay.TLSConn) (*Proxy, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "pods", "x", "agent.ttrpc")
 	p, err := Listen(t.Context(), Config{Path: path, Target: target, First: first, Log: quiet()})

@@ -133,5 +133,7 @@ func ClientConfig(serverName, ca, clientCert string, clientKey podvmconfig.Secre
 		ServerName:   serverName,
 		RootCAs:      roots,
 		Certificates: []tls.Certificate{cert},
+		// Several records are sent together: see relay.TLSConn.
+		DynamicRecordSizingDisabled: true,
 	}, nil
 }

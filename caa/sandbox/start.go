@@ -4,7 +4,6 @@ package sandbox
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"time"
@@ -12,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/agent-protocol/relay"
 	"github.com/kata-remote/kata-remote/caa/agentproxy"
 	"github.com/kata-remote/kata-remote/caa/store"
 )
@@ -149,7 +149,7 @@ func (sb *Sandbox) ready(op *startOp) error {
 }
 
 // serve makes the agent socket and serves it.
-func (m *Manager) serve(sb *Sandbox, target agentproxy.Target, rec store.Record, first *tls.Conn) error {
+func (m *Manager) serve(sb *Sandbox, target agentproxy.Target, rec store.Record, first *relay.TLSConn) error {
 	p, err := agentproxy.Listen(m.run, agentproxy.Config{
 		Path: rec.AgentSocket, Target: target, First: first, Log: sb.log,
 		Silent: func(ctx context.Context) { m.examine(ctx, sb) },

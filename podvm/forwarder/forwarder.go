@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/agent-protocol/relay"
 )
 
 const (
@@ -75,6 +76,8 @@ func (c Credentials) TLSConfig() (*tls.Config, error) {
 		ClientCAs:    pool,
 		// The adaptor resumes no session, and a ticket is work in every handshake.
 		SessionTicketsDisabled: true,
+		// Several records are sent together: see relay.TLSConn.
+		DynamicRecordSizingDisabled: true,
 	}, nil
 }
 
@@ -162,7 +165,7 @@ func (l *Listener) accept() {
 // admit lets a client authenticate and queues the connection, or drops it. The slot
 // is free again when the handshake is over; the queue holds none up.
 func (l *Listener) admit(raw net.Conn) {
-	conn := tls.Server(raw, l.tls)
+	conn := relay.TLSServer(raw, l.tls)
 	ctx, cancel := context.WithTimeout(l.ctx, l.handshakeTimeout)
 	err := conn.HandshakeContext(ctx)
 	cancel()
