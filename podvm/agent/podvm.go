@@ -269,6 +269,7 @@ func receiveAcks(srv podvmpb.PodVM_ReadOutputServer, out *stream.Output, acks ch
 func push(ctx context.Context, srv podvmpb.PodVM_ReadOutputServer, out *stream.Output, req *podvmpb.ReadOutputRequest, acks <-chan uint64, failed <-chan error) error {
 	// What the caller has already is not in flight, acknowledged or not.
 	sent, acked := req.Offset, req.Offset
+	var buf []byte // of the chunk before
 	for {
 		// Without room, wait for an acknowledgement; with room, take one that is there.
 		open := make(chan struct{})
@@ -292,7 +293,7 @@ func push(ctx context.Context, srv podvmpb.PodVM_ReadOutputServer, out *stream.O
 			return err
 		}
 		room := req.Window - (sent - acked)
-		data, last, err := out.Next(ctx, sent, int(min(room, extension.ChunkSize)))
+		data, last, err := out.Next(ctx, sent, int(min(room, extension.ChunkSize)), buf)
 		if err != nil {
 			if cause := context.Cause(ctx); cause != nil {
 				return cause
@@ -302,6 +303,7 @@ func push(ctx context.Context, srv podvmpb.PodVM_ReadOutputServer, out *stream.O
 		if err := srv.Send(&podvmpb.ReadOutputResponse{Offset: sent, Data: data, Eof: last}); err != nil {
 			return err
 		}
+		buf = data
 		sent += uint64(len(data))
 		if last {
 			return nil

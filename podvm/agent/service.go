@@ -317,7 +317,7 @@ func (s *service) read(ctx context.Context, req *agentpb.ReadStreamRequest, whic
 	}
 	defer out.Release(claim)
 	at, _ := out.Bounds()
-	data, _, err := out.Next(claim.Context, at, int(min(req.Len, maxRead)))
+	data, _, err := out.Next(claim.Context, at, int(min(req.Len, maxRead)), nil)
 	if err == nil {
 		err = out.Ack(at + uint64(len(data)))
 	} else if cause := context.Cause(claim.Context); cause != nil {

@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 
 	"github.com/containerd/ttrpc"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
@@ -119,10 +120,15 @@ func notifyReady() error {
 	return errors.Join(err, conn.Close())
 }
 
+// gcPercent trades some megabytes of a machine that has hundreds for processor time: the
+// live heap is a few megabytes, and a stream of output makes garbage as fast as it goes.
+const gcPercent = 400
+
 // serve starts agent and forwarder and runs them until ctx is done. network is run
 // beside the preparations; the port opens after it. listening is called once the port
 // is open, before the first connection is served.
 func serve(ctx context.Context, cfg Config, pod *podvmconfig.Config, m *marks, network func() error, listening func(*slog.Logger)) error {
+	debug.SetGCPercent(gcPercent)
 	log := cfg.Logger.With(logkey.Sandbox, pod.SandboxID)
 	credentials := forwarder.Credentials{
 		Key:      []byte(string(pod.TLSServerKey)),

@@ -22,9 +22,6 @@ import (
 // what a stalled reader costs in the node's memory.
 const window = extension.Window / 2
 
-// keepBuffer is the largest buffer an idle stream holds on to.
-const keepBuffer = 32 << 10
-
 // readLen is what one ReadStdout asks for, as kata does.
 const readLen = 32 << 10
 
@@ -170,23 +167,24 @@ func (o *output) receiveAll(st podvmpb.PodVM_ReadOutputClient, q *queue, offset 
 
 // drain writes what is queued and acknowledges it.
 func (o *output) drain(ctx context.Context, q *queue) {
-	var spare []byte
+	var bulk bulk
+	defer bulk.end()
 	for {
-		b := q.take(spare)
+		b := q.take()
 		if b == nil {
 			select {
 			case <-q.ready:
-				continue
+			case <-bulk.pause():
+				bulk.end()
 			case <-ctx.Done():
 				return
 			}
+			continue
 		}
+		bulk.moved(len(b))
 		o.write(b)
 		o.moved.touch()
 		q.written(len(b))
-		if spare = b[:0]; cap(spare) > keepBuffer {
-			spare = nil
-		}
 	}
 }
 
@@ -196,8 +194,8 @@ type queue struct {
 	empty chan struct{} // capacity 1: everything was written
 
 	mu     sync.Mutex // guards the fields below
-	buf    []byte     // received, not yet taken
-	taken  int        // bytes being written
+	chunks [][]byte   // received, not yet taken
+	held   int        // bytes of chunks, and those being written
 	offset uint64     // bytes written since the start of the stream
 	closed bool       // put discards
 
@@ -232,34 +230,32 @@ func (q *queue) close() {
 	q.closed = true
 }
 
-// put reports false when b does not fit in the window.
+// put takes b over. It reports false when b does not fit in the window.
 func (q *queue) put(b []byte) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
 		return true
 	}
-	if len(q.buf)+q.taken+len(b) > window {
+	if q.held+len(b) > window {
 		return false
 	}
-	if len(q.buf) == 0 && cap(q.buf) < len(b) {
-		q.buf = b
-	} else {
-		q.buf = append(q.buf, b...)
-	}
+	q.chunks, q.held = append(q.chunks, b), q.held+len(b)
 	signal(q.ready)
 	return true
 }
 
-// take returns what is queued, or nil, and leaves spare to be filled.
-func (q *queue) take(spare []byte) []byte {
+// take returns the oldest chunk, or nil.
+func (q *queue) take() []byte {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.buf) == 0 {
+	if len(q.chunks) == 0 {
 		return nil
 	}
-	b := q.buf
-	q.buf, q.taken = spare, len(b)
+	b := q.chunks[0]
+	if q.chunks = q.chunks[1:]; len(q.chunks) == 0 {
+		q.chunks = nil
+	}
 	return b
 }
 
@@ -267,8 +263,7 @@ func (q *queue) take(spare []byte) []byte {
 func (q *queue) written(n int) {
 	q.mu.Lock()
 	q.offset += uint64(n)
-	q.taken = 0
-	if len(q.buf) == 0 {
+	if q.held -= n; q.held == 0 {
 		signal(q.empty)
 	}
 	q.mu.Unlock()
@@ -292,7 +287,7 @@ func (q *queue) acknowledge() {
 func (q *queue) waitEmpty(ctx context.Context) error {
 	for {
 		q.mu.Lock()
-		done := len(q.buf)+q.taken == 0
+		done := q.held == 0
 		q.mu.Unlock()
 		if done {
 			return nil

@@ -3,10 +3,15 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
+	"maps"
+	"os"
 	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -29,11 +34,11 @@ func (b *bench) logs(ctx context.Context) error {
 		if err := b.in(ctx, p); err != nil {
 			return err
 		}
-		d, err := b.outputTime(ctx, p)
+		d, cpu, err := b.outputTime(ctx, p)
 		if err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
-		fmt.Printf("  %-30s %.0f MB/s\n", p.name, rate(logBytes, d))
+		fmt.Printf("  %-30s %.0f MB/s%s\n", p.name, rate(logBytes, d), cpu)
 	}
 	return nil
 }
@@ -54,8 +59,9 @@ func benchNetNS(ctx context.Context) error {
 }
 
 // outputTime returns how long an exec takes that writes logBytes, less one that
-// writes nothing.
-func (b *bench) outputTime(ctx context.Context, p place) (_ time.Duration, err error) {
+// writes nothing, and what it costs our programs in processor time: on few
+// processors, that is what bounds the first.
+func (b *bench) outputTime(ctx context.Context, p place) (_ time.Duration, cpu string, err error) {
 	const name = "bench-log"
 	ctr := func(args ...string) []string {
 		return append([]string{"-a", testbed.ContainerdSocket, "-n", "k8s.io"}, args...)
@@ -65,7 +71,7 @@ func (b *bench) outputTime(ctx context.Context, p place) (_ time.Duration, err e
 		runtime = "io.containerd.kata-remote.v2"
 	}
 	if _, err := testbed.Run(ctx, "ctr", ctr("run", "-d", "--runtime", runtime, "--with-ns", "network:/run/netns/"+logNetNS, testbed.BusyboxImage, name, "sleep", "1000")...); err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	defer func() {
 		_, kill := testbed.Run(context.WithoutCancel(ctx), "ctr", ctr("task", "rm", "-f", name)...)
@@ -77,19 +83,57 @@ func (b *bench) outputTime(ctx context.Context, p place) (_ time.Duration, err e
 		}
 	}()
 	var took [2]time.Duration
+	ours := map[string]int{}
+	if p != onNode {
+		for _, name := range []string{"podvmd", "simadaptor", "containerd-shim-kata"} {
+			if ours[name], err = testbed.FindProcess(name); err != nil {
+				return 0, "", err
+			}
+		}
+	}
+	used := map[string]time.Duration{}
 	for i, want := range []int64{0, logBytes} {
+		for name, pid := range ours {
+			if used[name], err = cpuTime(pid); err != nil {
+				return 0, "", err
+			}
+		}
 		begin := time.Now()
 		n, err := count(ctx, "ctr", ctr("task", "exec", "--exec-id", fmt.Sprintf("e%d", i), name,
 			"dd", "if=/dev/zero", "bs=1M", fmt.Sprintf("count=%d", want>>20))...)
 		if err != nil {
-			return 0, err
+			return 0, "", err
 		}
 		took[i] = time.Since(begin)
 		if n != want {
-			return 0, fmt.Errorf("%d bytes of %d arrived", n, want)
+			return 0, "", fmt.Errorf("%d bytes of %d arrived", n, want)
 		}
 	}
-	return took[1] - took[0], nil
+	for _, name := range slices.Sorted(maps.Keys(ours)) {
+		now, err := cpuTime(ours[name])
+		if err != nil {
+			return 0, "", err
+		}
+		cpu += fmt.Sprintf("; %s %.2f s of a processor per GB", name, (now-used[name]).Seconds()*1e9/logBytes)
+	}
+	return took[1] - took[0], cpu, nil
+}
+
+// cpuTime is what a process has used of processors (proc(5), stat).
+func cpuTime(pid int) (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// The fields after the name, which may hold anything, begin with the third.
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	var ticks [2]int
+	for i, at := range []int{14, 15} {
+		if ticks[i], err = strconv.Atoi(f[at-3]); err != nil {
+			return 0, err
+		}
+	}
+	return time.Duration(ticks[0]+ticks[1]) * 10 * time.Millisecond, nil // USER_HZ is 100
 }
 
 // count runs a command and counts its standard output, in bytes.

@@ -8,6 +8,7 @@ package stream
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -58,10 +59,10 @@ func (b *Buffer) Settled() bool {
 }
 
 // Next returns up to limit bytes from offset on, waiting until there is at least
-// one. last is set when nothing follows them; at the end of the stream data is nil
+// one. They stand in buf where they fit, which may be nil. last is set when nothing follows them; at the end of the stream data is nil
 // and last is set. OutOfRange: offset is below what was acknowledged or beyond what
 // was produced.
-func (b *Buffer) Next(ctx context.Context, offset uint64, limit int) (data []byte, last bool, err error) {
+func (b *Buffer) Next(ctx context.Context, offset uint64, limit int, buf []byte) (data []byte, last bool, err error) {
 	for {
 		b.mu.Lock()
 		if offset < b.acked || offset > b.produced {
@@ -70,7 +71,7 @@ func (b *Buffer) Next(ctx context.Context, offset uint64, limit int) (data []byt
 		}
 		if n := min(uint64(limit), b.produced-offset); n > 0 {
 			defer b.mu.Unlock()
-			data = make([]byte, n)
+			data = slices.Grow(buf[:0], int(n))[:n]
 			at := int(offset % uint64(len(b.ring)))
 			copy(data[copy(data, b.ring[at:]):], b.ring)
 			return data, b.ended && offset+n == b.produced, nil

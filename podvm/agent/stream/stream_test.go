@@ -50,7 +50,7 @@ func TestBufferIsExact(t *testing.T) {
 		reader := rand.New(rand.NewPCG(seed, 2))
 		var got []byte
 		for {
-			data, last, err := o.Next(t.Context(), uint64(len(got)), 1+reader.IntN(50_000))
+			data, last, err := o.Next(t.Context(), uint64(len(got)), 1+reader.IntN(50_000), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -89,7 +89,7 @@ func TestBufferBounds(t *testing.T) {
 	if _, err := w.WriteString("0123456789"); err != nil {
 		t.Fatal(err)
 	}
-	if data, last, err := o.Next(t.Context(), 0, 5); err != nil || string(data) != "01234" || last {
+	if data, last, err := o.Next(t.Context(), 0, 5, nil); err != nil || string(data) != "01234" || last {
 		t.Fatalf("%q, %v, %v", data, last, err)
 	}
 	if err := o.Ack(4); err != nil {
@@ -99,7 +99,7 @@ func TestBufferBounds(t *testing.T) {
 		t.Errorf("an old acknowledgement: %v", err)
 	}
 	for _, offset := range []uint64{3, 11} {
-		if _, _, err := o.Next(t.Context(), offset, 5); !errdefs.IsOutOfRange(err) {
+		if _, _, err := o.Next(t.Context(), offset, 5, nil); !errdefs.IsOutOfRange(err) {
 			t.Errorf("offset %d: %v", offset, err)
 		}
 	}
@@ -108,7 +108,7 @@ func TestBufferBounds(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := o.Next(ctx, 10, 5); !errors.Is(err, context.Canceled) {
+	if _, _, err := o.Next(ctx, 10, 5, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("a wait whose caller left: %v", err)
 	}
 }
@@ -128,7 +128,7 @@ func TestOutputOfALeftOpenPipe(t *testing.T) {
 	}
 	var got []byte
 	for {
-		data, last, err := o.Next(t.Context(), uint64(len(got)), 1<<20)
+		data, last, err := o.Next(t.Context(), uint64(len(got)), 1<<20, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
