@@ -55,3 +55,8 @@ const (
 	// containers whatever the node offers as their root file systems.
 	ForceGuestPull = "io.katacontainers.config.runtime.experimental_force_guest_pull"
 )
+
+// EmptyDirSizeLimit, followed by the name of a volume, is the size limit of an
+// emptyDir on disk ("100Mi"): the kubelet tells no runtime of it. The prefix is
+// kata's, because runtimes are configured to pass those annotations on.
+const EmptyDirSizeLimit = "io.katacontainers.volume.emptydir_size_limit."

@@ -72,6 +72,8 @@ type Config struct {
 	TerminationLog string
 	// Quiet: see stdio.Process.
 	Quiet bool
+	// Removed runs after the container was removed from the guest. It may be nil.
+	Removed func()
 	// Exited runs after the exit of the first process was published. It may be nil.
 	Exited func()
 }
@@ -406,6 +408,9 @@ func (c *Container) Delete(ctx context.Context, exec string) (process.Exit, erro
 	}
 	if err := c.remove(ctx); err != nil {
 		return process.Exit{}, err
+	}
+	if c.cfg.Removed != nil {
+		c.cfg.Removed()
 	}
 	e, err := p.Delete(ctx)
 	if err != nil {

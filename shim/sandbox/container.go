@@ -21,25 +21,30 @@ type Made struct {
 	Guest Guest
 	// TerminationLog is the node's file for the termination message, or empty.
 	TerminationLog string
+	// Release gives back the container's volumes, once it is removed from the guest.
+	Release func()
 }
 
 // CreateContainer makes a container in the guest: root file system, volumes, then
 // the container itself. The volumes are looked at first, because what is wrong with
 // them is the user's mistake and the root file system may take long. A failure
 // leaves nothing in the guest that is not named after the container.
-func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequest, spc *specs.Spec) (*Made, error) {
+func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequest, spc *specs.Spec) (_ *Made, err error) {
 	g, err := s.Guest()
 	if err != nil {
 		return nil, err
 	}
-	plan, err := volume.New(spc.Mounts, s.cfg.ID, r.ID)
+	release := func() { s.volumes.Release(r.ID) }
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	plan, err := s.volumes.Plan(volume.Request{Container: r.ID, Mounts: spc.Mounts, Annotations: spc.Annotations, Features: g.Features})
 	if err != nil {
 		return nil, err
 	}
-	storages, err := plan.Storages()
-	if err != nil {
-		return nil, err
-	}
+	storages := plan.Storages()
 	opts := spec.Options{ContainerID: r.ID, Mounts: plan.Mounts(), Seccomp: g.Seccomp, TerminationPath: plan.TerminationPath}
 	converted, err := spec.Convert(spc, opts)
 	if err != nil {
@@ -76,7 +81,7 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 			Linux: &agentpb.Linux{Sysctl: converted.OCI.GetLinux().GetSysctl()},
 		}
 		storages = nil
-	} else if err := plan.Copy(ctx, g.Conn); err != nil {
+	} else if err := plan.Bring(ctx, g.Conn); err != nil {
 		return nil, err
 	}
 	converted.OCI.Root.Path = root.Path
@@ -88,5 +93,5 @@ func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequ
 	if err != nil {
 		return nil, err
 	}
-	return &Made{Guest: g, TerminationLog: plan.TerminationSource}, nil
+	return &Made{Guest: g, TerminationLog: plan.TerminationSource, Release: release}, nil
 }

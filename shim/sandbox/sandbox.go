@@ -71,10 +71,11 @@ type Config struct {
 
 // Sandbox is safe for concurrent use.
 type Sandbox struct {
-	cfg    Config
-	run    context.Context // of the sandbox's goroutines
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	cfg     Config
+	volumes *volume.Set
+	run     context.Context // of the sandbox's goroutines
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
 
 	mu       sync.Mutex // guards the fields below; never held over a call
 	state    State
@@ -93,7 +94,7 @@ func New(cfg Config) *Sandbox {
 	if cfg.ClockInterval == 0 {
 		cfg.ClockInterval = clockInterval
 	}
-	return &Sandbox{cfg: cfg, run: run, cancel: cancel, released: make(chan struct{})}
+	return &Sandbox{cfg: cfg, volumes: volume.NewSet(cfg.ID), run: run, cancel: cancel, released: make(chan struct{})}
 }
 
 // Guest is what containers need to know of the sandbox.
@@ -411,5 +412,6 @@ func (s *Sandbox) Close(ctx context.Context) {
 		}
 	}
 	s.cancel()
+	s.volumes.Close()
 	s.wg.Wait()
 }

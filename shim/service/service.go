@@ -155,7 +155,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest, spc 
 	}
 	c := container.Config{
 		ID: r.ID, Bundle: r.Bundle, Conn: made.Guest.Conn, Features: made.Guest.Features, Events: s.cfg.Events,
-		Stdio: io, TerminationLog: made.TerminationLog, Quiet: role == spec.RoleSandbox,
+		Stdio: io, TerminationLog: made.TerminationLog, Quiet: role == spec.RoleSandbox, Removed: made.Release,
 	}
 	if role != spec.RoleMember {
 		c.Exited = sb.Stop // the pod ends with the container that stands for it
