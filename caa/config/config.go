@@ -42,11 +42,24 @@ type Config struct {
 	Limit         int               // PEERPODS_LIMIT_PER_NODE; < 0: no limit
 	Tags          map[string]string // TAGS
 
+	Pull Pull
+
 	Local Local
 
 	// Warnings are settings that have no effect here, each with its reason.
 	Warnings []string
 }
+
+// Pull is for pods whose images the pod VM pulls.
+type Pull struct {
+	AuthFile string   // PULL_AUTH_FILE: a docker configuration with credentials; DefaultAuthFile where that exists
+	CAFile   string   // PULL_CA_FILE: authorities of registries, PEM
+	Insecure []string // PULL_INSECURE_REGISTRIES: host or host:port
+}
+
+// DefaultAuthFile is where the operators of cloud-api-adaptor mount the Secret
+// auth-json-secret.
+const DefaultAuthFile = "/root/containers/auth.json"
 
 // Local is the embedded provider: QEMU on this node. Zero values take the defaults of
 // local.Config.

@@ -59,6 +59,8 @@ STATE_DIR=/var/lib/file
 TAGS=team=web,env=a=b
 NODE_NAME=
 LOCAL_ACCEL=tcg
+PULL_AUTH_FILE=/etc/peerpod/auth.json
+PULL_INSECURE_REGISTRIES=r.example:5000, [fd00::1]:5000,10.0.0.1
 `)
 	c, err := Load(path, []string{"PROXY_TIMEOUT=2m", "PODS_DIR=/run/env", "LOG_LEVEL=warn", "HOME=/root", "LOCAL_UNHEARD_OF=1"},
 		Flags{PodsDir: "/run/flag", LogLevel: "debug"})
@@ -73,6 +75,9 @@ LOCAL_ACCEL=tcg
 	}
 	if c.Local.Dir != "/var/lib/file/local" || c.Local.Accel != "tcg" {
 		t.Errorf("local: %+v", c.Local)
+	}
+	if d := cmp.Diff(Pull{AuthFile: "/etc/peerpod/auth.json", Insecure: []string{"r.example:5000", "[fd00::1]:5000", "10.0.0.1"}}, c.Pull); d != "" {
+		t.Error(d)
 	}
 	// The environment can take a setting of the file back.
 	if c, err = Load(path, []string{"VXLAN_PORT="}, Flags{}); err != nil || c.VXLANPort != 9000 {
@@ -100,6 +105,8 @@ what is this
 TLS_SKIP_VERIFY=true
 VXLAN_MIN_ID=1
 VXLAN_MIN_ID=2
+PULL_AUTH_FILE=auth.json
+PULL_INSECURE_REGISTRIES=http://r.example
 `)
 	_, err := Load(path, []string{"REMOTE_HYPERVISOR_ENDPOINT=/" + strings.Repeat("x", 120)}, Flags{LogLevel: "loud"})
 	if !errdefs.IsInvalidArgument(err) {
@@ -112,7 +119,7 @@ VXLAN_MIN_ID=2
 		`LOCAL_SUBNET is "10.0.0.1/24"`, `LOCAL_MEMORY is "1"`, `LOCAL_BRIDGE is "a/b"`, `LOCAL_KERNEL is "/absent/vmlinuz"`,
 		`LOCAL_INITRD is not set`, `did you mean PROXY_TIMEOUT?`, `NONSENSE is not a setting`, `got "what is this"`,
 		`TLS_SKIP_VERIFY is "true"`, `VXLAN_MIN_ID is set twice`, `LOG_LEVEL is "loud" (flag --log-level)`,
-		`REMOTE_HYPERVISOR_ENDPOINT is`,
+		`REMOTE_HYPERVISOR_ENDPOINT is`, `PULL_AUTH_FILE is "auth.json"`, `PULL_INSECURE_REGISTRIES is "http://r.example"`,
 	}
 	for _, w := range want {
 		n := 0

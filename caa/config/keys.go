@@ -37,6 +37,9 @@ var keys = []key{
 	{"VXLAN_MIN_ID", func(c *Config, v string) error { return number(&c.VXLANMinID, v, 1, 1<<24-1) }},
 	{"PEERPODS_LIMIT_PER_NODE", func(c *Config, v string) error { return number(&c.Limit, v, -1, 100_000) }},
 	{"TAGS", func(c *Config, v string) error { return tags(&c.Tags, v) }},
+	{"PULL_AUTH_FILE", func(c *Config, v string) error { return absPath(&c.Pull.AuthFile, v) }},
+	{"PULL_CA_FILE", func(c *Config, v string) error { return absPath(&c.Pull.CAFile, v) }},
+	{"PULL_INSECURE_REGISTRIES", func(c *Config, v string) error { return hosts(&c.Pull.Insecure, v) }},
 
 	{"LOCAL_KERNEL", func(c *Config, v string) error { return absPath(&c.Local.Kernel, v) }},
 	{"LOCAL_INITRD", func(c *Config, v string) error { return absPath(&c.Local.Initrd, v) }},
@@ -164,6 +167,24 @@ func tags(p *map[string]string, v string) error {
 		m[k] = val
 	}
 	*p = m
+	return nil
+}
+
+// hostRule is a host's name or address, the latter in brackets if it is IPv6, and
+// perhaps a port.
+var hostRule = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$`)
+
+// hosts reads names with commas between them.
+func hosts(p *[]string, v string) error {
+	var list []string
+	for h := range strings.SplitSeq(v, ",") {
+		h = strings.TrimSpace(h)
+		if !hostRule.MatchString(h) {
+			return errors.New(`want registries with commas between them, each a host or host:port, such as "registry.example:5000"`)
+		}
+		list = append(list, h)
+	}
+	*p = list
 	return nil
 }
 

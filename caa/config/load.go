@@ -184,6 +184,9 @@ func (p *problems) apply(values map[string]setting) *Config {
 			p.add("%s is %q (%s): %s; remove it", s.name, s.value, s.source, k.why)
 		}
 	}
+	if _, err := os.Stat(DefaultAuthFile); err == nil && c.Pull.AuthFile == "" {
+		c.Pull.AuthFile = DefaultAuthFile
+	}
 	if c.Local.Dir == "" {
 		c.Local.Dir = c.StateDir + "/local"
 	}

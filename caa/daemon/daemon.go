@@ -77,14 +77,15 @@ func NewWith(cfg *config.Config, provider cloud.Provider, log *slog.Logger) *Dae
 }
 
 // Check tells whether the adaptor could work on this node: what the provider needs
-// is there and its credentials are accepted. It changes nothing.
+// is there and its credentials are accepted, and so are the files for pulls by the
+// guest. It changes nothing.
 func (d *Daemon) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	if err := d.provider.Check(ctx); err != nil {
 		return fmt.Errorf("provider %s: %w", d.cfg.Provider, err)
 	}
-	return nil
+	return pull(d.cfg).Check()
 }
 
 // Run is the adaptor. It returns nil after ctx has ended; pods run on and the next
@@ -93,6 +94,10 @@ func (d *Daemon) Check(ctx context.Context) error {
 func (d *Daemon) Run(ctx context.Context) (err error) {
 	for _, w := range d.cfg.Warnings {
 		d.log.Warn(w)
+	}
+	// Each pod reads the files anew; those that run need them no more.
+	if err := pull(d.cfg).Check(); err != nil {
+		d.log.Error("no pod can be started", logkey.Error, err)
 	}
 	st, err := store.Open(ctx, d.cfg.StateDir)
 	if err != nil {
@@ -116,7 +121,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		Network: d.network, Underlay: d.underlay,
 		PodsDir: d.cfg.PodsDir, ForwarderPort: d.cfg.ForwarderPort,
 		VXLANPort: d.cfg.VXLANPort, VNIBase: d.cfg.VXLANMinID, ProxyTimeout: d.cfg.ProxyTimeout,
-		Limit: d.cfg.Limit, Tags: d.cfg.Tags, ListSettle: settle, Log: d.log,
+		Limit: d.cfg.Limit, Tags: d.cfg.Tags, Pull: pull(d.cfg), ListSettle: settle, Log: d.log,
 	})
 	defer m.Close()
 
@@ -163,6 +168,10 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Info("stopping; pods run on")
 	}
 	return err
+}
+
+func pull(cfg *config.Config) sandbox.Pull {
+	return sandbox.Pull{AuthFile: cfg.Pull.AuthFile, CAFile: cfg.Pull.CAFile, Insecure: cfg.Pull.Insecure}
 }
 
 // underlay is the network between this node and its pod VMs: the provider's own

@@ -112,6 +112,7 @@ type Config struct {
 	ProxyTimeout  time.Duration // for the forwarder to answer, once there is an instance
 	Limit         int           // sandboxes at a time; < 0: no limit
 	Tags          map[string]string
+	Pull          Pull // for guests that pull images
 
 	Lease      time.Duration
 	ListSettle time.Duration

@@ -214,6 +214,10 @@ func (m *Manager) userData(rec store.Record, serverCert string, serverKey podvmc
 		TLSServerKey: serverKey, TLSServerCert: serverCert, TLSClientCA: rec.TLS.CA,
 		SandboxID: rec.ID,
 	}
+	files, err := m.cfg.Pull.tell(&cfg)
+	if err != nil {
+		return nil, fmt.Errorf("user data of pod %s: %w", rec.Pod, err)
+	}
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("user data of pod %s: %w", rec.Pod, err)
 	}
@@ -221,7 +225,7 @@ func (m *Manager) userData(rec store.Record, serverCert string, serverKey podvmc
 	if err != nil {
 		return nil, err
 	}
-	return userdata.Render([]userdata.File{{Path: podvmconfig.Path, Content: doc}})
+	return userdata.Render(append([]userdata.File{{Path: podvmconfig.Path, Content: doc}}, files...))
 }
 
 // create calls the provider until it has answered for good. It may be called again
