@@ -15,7 +15,7 @@ import (
 
 // groupPrefix begins the names of our cgroups. For those of a node the process id of
 // the program that made them follows.
-const groupPrefix = "kata-remote-testbed-"
+const groupPrefix = "kata-remote-node-"
 
 // Cgroups are one group of ours in each hierarchy of this machine, to be the roots of
 // a cgroup namespace. Not safe for concurrent use.
@@ -127,8 +127,8 @@ func removeTree(dir string) {
 	unix.Rmdir(dir)
 }
 
-// removeStaleCgroups removes the groups of programs that were killed. A group that
-// still has processes cannot be removed, so this ends nobody's work.
+// removeStaleCgroups removes the groups of programs that were killed. A tree that has
+// a process anywhere stays whole: a kubelet keeps groups in it in which none runs.
 func removeStaleCgroups() {
 	hs, err := hierarchies()
 	if err != nil {
@@ -137,9 +137,33 @@ func removeStaleCgroups() {
 	for _, home := range hs {
 		dirs, _ := filepath.Glob(filepath.Join(home, groupPrefix+"*"))
 		for _, d := range dirs {
+			// Its maker may be about to enter it.
+			maker := strings.TrimPrefix(filepath.Base(d), groupPrefix)
+			if _, err := os.Stat(filepath.Join("/proc", maker)); err == nil || hasProcess(d) {
+				continue
+			}
 			removeTree(d)
 		}
 	}
+}
+
+// hasProcess tells whether a process is in a group or in one below it. What cannot be
+// read counts as one.
+func hasProcess(dir string) bool {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil || len(b) > 0 {
+		return !errors.Is(err, os.ErrNotExist)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist)
+	}
+	for _, e := range entries {
+		if e.IsDir() && hasProcess(filepath.Join(dir, e.Name())) {
+			return true
+		}
+	}
+	return false
 }
 
 // MountCgroups mounts every hierarchy again below /sys/fs/cgroup, seen from the cgroup
