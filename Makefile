@@ -29,6 +29,8 @@ export PATH := $(BIN):$(PATH)
 # The guest's program links libcontainer, whose first instructions are C and run
 # before Go's: it needs cgo, and must not need a libc in the guest.
 PODVMD_FLAGS := -tags netgo,osusergo,seccomp -ldflags '$(LDFLAGS) -extldflags -static'
+# Whose registries the pod VM trusts: by default those this machine trusts.
+AUTHORITIES ?= /etc/ssl/certs/ca-certificates.crt
 # go test builds the same code; seccomp needs the C library.
 TEST_TAGS := seccomp
 
@@ -48,7 +50,8 @@ podvm-image: setup
 	@mkdir -p $(BIN)
 	CGO_ENABLED=1 $(GO) build $(PODVMD_FLAGS) -o $(BIN)/podvmd ./podvm/cmd/podvmd
 	@kernel=$$(podvm/image/fetch-kernel.sh) && \
-	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -podvmd $(BIN)/podvmd -out $(OUT)/podvm
+	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -podvmd $(BIN)/podvmd -out $(OUT)/podvm \
+		$(addprefix -authorities ,$(wildcard $(AUTHORITIES)))
 
 # crictl is another project's program with another set of dependencies: a module of
 # its own. Go's build cache makes the second time quick.

@@ -60,12 +60,15 @@ const (
 // start runs on one CPU; podvmd takes the others into use once it listens.
 const CommandLine = "quiet loglevel=3 panic=-1 random.trust_cpu=on cryptomgr.notests maxcpus=1"
 
-// Config says what to build. All fields are needed.
+// Config says what to build. All fields but Authorities are needed.
 type Config struct {
 	KernelTree string       // unpacked kernel package
 	Podvmd     string       // static binary that becomes /init
 	Out        string       // output directory; made if missing
 	Format     KernelFormat // of the kernel
+	// Authorities is a file of certificates, PEM, of those whose registries the pod VM
+	// trusts when it pulls images. "": it trusts none but those it is told of.
+	Authorities string
 }
 
 // Artefact is one file of the image.
@@ -124,7 +127,7 @@ func Build(cfg Config) (*Manifest, error) {
 		return nil, err
 	}
 	m.Initrd, err = writeArtefact(cfg.Out, initrdFile, func(w io.Writer) error {
-		return writeInitramfs(w, cfg.Podvmd, modules, cfg.Format == FormatBzImage)
+		return writeInitramfs(w, contents{podvmd: cfg.Podvmd, authorities: cfg.Authorities, modules: modules, signed: cfg.Format == FormatBzImage})
 	})
 	if err != nil {
 		return nil, err

@@ -237,6 +237,19 @@ func readArchive(t *testing.T, b []byte) []entry {
 	}
 }
 
+// certificate is one of nobody in particular.
+const certificate = `-----BEGIN CERTIFICATE-----
+MIIBdDCCARmgAwIBAgIUYQElXZpwlEpJfZyQOcVzbFL8w/gwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAeFw0yNjExMjEyMjE3MDNaFw0zNjExMTgyMjE3MDNa
+MA8xDTALBgNVBAMMBHRlc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATK6J7I
+1jyGEKVLJimvMQfx/pjFCPuFjgtqzOUxa7lBIK8QXoD1K/zasK/hlsYOPAZAnPtg
+7+MeB+OJKmjU15KGo1MwUTAdBgNVHQ4EFgQU0uqn+RDyBATcc8wmWDNUS5HDpEww
+HwYDVR0jBBgwFoAU0uqn+RDyBATcc8wmWDNUS5HDpEwwDwYDVR0TAQH/BAUwAwEB
+/zAKBggqhkjOPQQDAgNJADBGAiEAsQMgEsLz/QhoZQlgCE5Hc2udhU97N1u0RxN1
+7choPegCIQD461odvy3e3U65frjGtTkYZb/4ibrVSG7RX5OMzNwDrA==
+-----END CERTIFICATE-----
+`
+
 func TestInitramfs(t *testing.T) {
 	dir := t.TempDir()
 	podvmd, module := filepath.Join(dir, "podvmd"), filepath.Join(dir, "a-b.ko")
@@ -244,10 +257,14 @@ func TestInitramfs(t *testing.T) {
 	if err := errors.Join(os.WriteFile(podvmd, []byte("program"), 0o600), os.WriteFile(module, signed(code), 0o600)); err != nil {
 		t.Fatal(err)
 	}
+	authorities := filepath.Join(dir, "ca.pem")
+	if err := os.WriteFile(authorities, []byte(certificate), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	modules := []Module{{Name: "a_b", Path: module, When: "pci"}}
 	build := func(signed bool) []byte {
 		var b bytes.Buffer
-		if err := writeInitramfs(&b, podvmd, modules, signed); err != nil {
+		if err := writeInitramfs(&b, contents{podvmd: podvmd, authorities: authorities, modules: modules, signed: signed}); err != nil {
 			t.Fatal(err)
 		}
 		return b.Bytes()
@@ -259,6 +276,7 @@ func TestInitramfs(t *testing.T) {
 	got := readArchive(t, first)
 	for _, want := range []entry{
 		{"init", cpio.TypeReg | 0o755, "program"},
+		{"etc/ssl/certs/ca-certificates.crt", cpio.TypeReg | 0o644, certificate},
 		{"proc", cpio.TypeDir | 0o755, ""},
 		{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, code},
 		{"lib/modules/list", cpio.TypeReg | 0o644, "a_b a_b.ko pci\n"},
@@ -281,6 +299,18 @@ func TestInitramfs(t *testing.T) {
 	}
 	if withSignature := readArchive(t, build(true)); !slices.Contains(withSignature, entry{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, string(signed(code))}) {
 		t.Error("the signature was not kept")
+	}
+	if err := writeInitramfs(io.Discard, contents{podvmd: podvmd, authorities: podvmd}); err == nil || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("authorities that are none: %v", err)
+	}
+	var without bytes.Buffer
+	if err := writeInitramfs(&without, contents{podvmd: podvmd}); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range readArchive(t, without.Bytes()) {
+		if e.Data == certificate {
+			t.Error("authorities nobody gave")
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ package image
 
 import (
 	"bytes"
+	"crypto/x509"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -22,25 +23,37 @@ var epoch = time.Unix(0, 0)
 
 // directories of the initramfs. The mount points among them are what podvmd mounts
 // on; the others are what containers and libraries expect of any Linux.
-var directories = []string{"dev", "etc", "lib", "lib/modules", "proc", "run", "sys", "tmp", "var"}
+var directories = []string{"dev", "etc", "etc/ssl", "etc/ssl/certs", "lib", "lib/modules", "proc", "run", "sys", "tmp", "var"}
+
+// authoritiesFile is where crypto/x509 looks first.
+const authoritiesFile = "etc/ssl/certs/ca-certificates.crt"
+
+// contents is what goes into an initramfs.
+type contents struct {
+	podvmd      string // path
+	authorities string // path, or ""
+	modules     []Module
+	signed      bool // modules stay as they are, else see slimModule
+}
 
 // writeInitramfs writes a cpio archive in the "newc" form. The kernel unpacks it in
 // order, so a directory stands before what is in it.
-//
-// Unless signed says otherwise, modules are slimmed: see slimModule.
-func writeInitramfs(w io.Writer, podvmd string, modules []Module, signed bool) error {
+func writeInitramfs(w io.Writer, c contents) error {
 	a := archive{w: cpio.NewWriter(w)}
 	for _, d := range directories {
 		a.dir(d)
 	}
-	a.file("init", 0o755, func() ([]byte, error) { return os.ReadFile(podvmd) })
-	list := make([]kmod.Module, 0, len(modules))
-	for _, m := range modules {
+	a.file("init", 0o755, func() ([]byte, error) { return os.ReadFile(c.podvmd) })
+	if c.authorities != "" {
+		a.file(authoritiesFile, 0o644, func() ([]byte, error) { return readAuthorities(c.authorities) })
+	}
+	list := make([]kmod.Module, 0, len(c.modules))
+	for _, m := range c.modules {
 		entry := kmod.Module{Name: m.Name, File: m.Name + ".ko", When: m.When, Deps: m.Deps}
 		list = append(list, entry)
 		a.file(path.Join(kmod.Dir[1:], entry.File), 0o644, func() ([]byte, error) {
 			b, err := os.ReadFile(m.Path)
-			if err != nil || signed {
+			if err != nil || c.signed {
 				return b, err
 			}
 			return slimModule(b)
@@ -55,6 +68,18 @@ func writeInitramfs(w io.Writer, podvmd string, modules []Module, signed bool) e
 		return a.err
 	}
 	return a.w.Close()
+}
+
+// readAuthorities reads a file of certificates and refuses one that has none.
+func readAuthorities(path string) ([]byte, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s has no certificate in PEM", path)
+	}
+	return b, nil
 }
 
 // archive adds entries until the first error.

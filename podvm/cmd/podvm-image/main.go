@@ -18,6 +18,7 @@ func main() {
 	flag.StringVar(&cfg.Podvmd, "podvmd", "_output/bin/podvmd", "podvmd, linked statically")
 	flag.StringVar(&cfg.Out, "out", "_output/podvm", "output directory")
 	flag.StringVar((*string)(&cfg.Format), "format", string(image.FormatELF), "form of the kernel: vmlinux or vmlinuz")
+	flag.StringVar(&cfg.Authorities, "authorities", "", "`file` of certificates, PEM, of those whose registries the pod VM trusts (default none)")
 	flag.Parse()
 	if err := run(cfg); err != nil {
 		fmt.Fprintln(os.Stderr, "podvm-image:", err)
@@ -35,6 +36,9 @@ func run(cfg image.Config) error {
 	m, err := image.Build(cfg)
 	if err != nil {
 		return err
+	}
+	if cfg.Authorities == "" {
+		fmt.Fprintln(os.Stderr, "podvm-image: no -authorities: for pulls over HTTPS the pod VM trusts only those of the adaptor's PULL_CA_FILE")
 	}
 	total := int64(0)
 	for _, a := range m.Artefacts() {
