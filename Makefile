@@ -4,6 +4,7 @@
 # make test         every test: unit, kernel, end to end
 # make critest      Kubernetes' test suite for container runtimes, on containerd 1.6 and 2, against runc;
 #                   writes docs/compatibility.md
+# make e2e-k8s      Kubernetes' own tests on a real cluster, every pod in its own virtual machine
 # make bench        measure; writes docs/performance.md's figures to the terminal
 # make build        the binaries, into _output/bin
 # make podvm-image  the pod VM's kernel and initramfs, into _output/podvm
@@ -34,7 +35,7 @@ AUTHORITIES ?= /etc/ssl/certs/ca-certificates.crt
 # go test builds the same code; seccomp needs the C library.
 TEST_TAGS := seccomp
 
-.PHONY: all demo demo-stop test critest bench build setup podvm-image generate verify clean
+.PHONY: all demo demo-stop test critest e2e-k8s e2e-k8s-stop bench build setup podvm-image generate verify clean
 
 all: build podvm-image
 
@@ -97,6 +98,7 @@ $(OUT)/kube/e2e.test: $(wildcard test/tools/kube/go.* test/tools/kube/*.go test/
 	$(GO) build -ldflags '-s -w $(KUBE_STAMPS)' -o $(@D)/ ./kube-all && \
 	$(GO) build -ldflags '-s -w' -o $(@D)/ k8s.io/kubernetes/test/images/agnhost github.com/onsi/ginkgo/v2/ginkgo && \
 	install -m 644 "$$($(GO) list -m -f '{{.Dir}}' k8s.io/kubernetes)"/test/images/agnhost/porter/localhost.* $(@D)/ && \
+	ln -sf kube-all $(@D)/kubectl && \
 	$(GO) test -c -ldflags '-s -w $(KUBE_STAMPS)' -o $@ k8s.io/kubernetes/test/e2e
 	@touch $@
 
@@ -121,6 +123,17 @@ critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containe
 	@$(GO) build -o $(BIN)/critest ./test/critest
 	@$(BIN)/critest -bin $(BIN) -podvm $(OUT)/podvm -tools $(CRITEST) -out $(OUT)/critest \
 		-page docs/compatibility.md $(if $(FOCUS),-focus '$(FOCUS)')
+
+# A whole run takes about half an hour on two processors; FOCUS='...' runs only the
+# tests of Kubernetes' suite whose names match, CONTAINERD=1.6 on another containerd,
+# SLOW=1 what Kubernetes calls slow, too; KEEP=1 leaves the cluster running.
+e2e-k8s: build podvm-image $(BIN)/crictl $(OUT)/containerd2/containerd $(OUT)/kube/e2e.test $(if $(filter 1.7,$(CONTAINERD)),$(OUT)/containerd17/containerd)
+	@$(GO) build -o $(BIN)/e2e-k8s ./test/kube
+	@$(BIN)/e2e-k8s -bin $(BIN) -podvm $(OUT)/podvm -kube $(OUT)/kube -out $(OUT)/e2e-k8s -page docs/compatibility.md \
+		$(if $(CONTAINERD),-containerd $(CONTAINERD)) $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SLOW),-slow) $(if $(KEEP),-keep)
+
+e2e-k8s-stop:
+	@$(BIN)/e2e-k8s -out $(OUT)/e2e-k8s -stop
 
 bench: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/ ./test/bench ./test/simadaptor

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/kata-remote/kata-remote/test/e2e"
 	"github.com/kata-remote/kata-remote/test/testbed"
@@ -50,11 +49,11 @@ func run(bin, podvm, out, pidFile string, keep bool) int {
 		fmt.Println("demo: 0 passed, 1 failed")
 		return 1
 	}
-	n := &narrator{}
+	n := &e2e.Narrator{}
 	s := &e2e.Scenario{Bed: bed, Keep: keep}
-	passed, failed := s.Run(ctx, n.chapter, n.begin, n.report)
+	passed, failed := s.Run(ctx, n.Chapter, n.Begin, n.Report)
 	if failed > 0 {
-		fmt.Printf("\ndemo: %s\n", n.firstFailure)
+		fmt.Printf("\ndemo: %s\n", n.FirstFailure)
 		fmt.Printf("demo: logs are in %s\n", filepath.Join(bed.Out, "logs"))
 		bed.Stop()
 	}
@@ -73,55 +72,6 @@ func run(bin, podvm, out, pidFile string, keep bool) int {
 		<-ctx.Done() // until testbed.Stop ends process 1 of these namespaces
 	}
 	return 0
-}
-
-// narrator shows the checks as they happen.
-type narrator struct {
-	firstFailure string
-	stop         chan struct{}
-	stopped      chan struct{}
-}
-
-func (n *narrator) chapter(title string) { fmt.Printf("\n== %s\n", title) }
-
-// progressEvery is how often a long check says that it is still at work.
-const progressEvery = 5 * time.Second
-
-func (n *narrator) begin(c e2e.Check) {
-	n.stop, n.stopped = make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(n.stopped)
-		t := time.NewTicker(progressEvery)
-		defer t.Stop()
-		for start := time.Now(); ; {
-			select {
-			case <-n.stop:
-				return
-			case <-t.C:
-				fmt.Printf("   ... %s: %v\n", c.Name, time.Since(start).Round(time.Second))
-			}
-		}
-	}()
-}
-
-func (n *narrator) report(c e2e.Check, seen string, err error, took time.Duration) {
-	close(n.stop)
-	<-n.stopped
-	if err != nil {
-		if n.firstFailure == "" {
-			n.firstFailure = fmt.Sprintf("%s: %v", c.Name, err)
-		}
-		fmt.Printf("   FAIL %s (%v)\n        %v\n", c.Name, took.Round(time.Millisecond), indent(err.Error()))
-		return
-	}
-	fmt.Printf("   ok   %s\n", c.Name)
-	if seen != "" {
-		fmt.Printf("        %s\n", indent(seen))
-	}
-}
-
-func indent(s string) string {
-	return strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n        ")
 }
 
 // howToUse tells what to type next.

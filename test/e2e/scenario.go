@@ -150,11 +150,16 @@ func (s *Scenario) removalChecks() []Check {
 	}
 }
 
+// Run runs every check of the scenario as Run does.
+func (s *Scenario) Run(ctx context.Context, chapter func(string), begin func(Check), report func(Check, string, error, time.Duration)) (passed, failed int) {
+	return Run(ctx, s.Chapters(), chapter, begin, report)
+}
+
 // Run runs every check. chapter is told each heading, begin each check before it
 // runs, report its result: what was seen, or why it failed. It returns how many
 // passed and failed.
-func (s *Scenario) Run(ctx context.Context, chapter func(string), begin func(Check), report func(Check, string, error, time.Duration)) (passed, failed int) {
-	for _, ch := range s.Chapters() {
+func Run(ctx context.Context, chapters []Chapter, chapter func(string), begin func(Check), report func(Check, string, error, time.Duration)) (passed, failed int) {
+	for _, ch := range chapters {
 		chapter(ch.Title)
 		ok := true
 		for _, c := range ch.Checks {

@@ -103,6 +103,20 @@ func (c *Cluster) Start(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := c.AwaitNode(ctx); err != nil {
+		return err
+	}
+	return Poll(ctx, func(ctx context.Context) error {
+		// A pod is refused until its namespace has the account it runs as.
+		return c.API.Get(ctx, "/api/v1/namespaces/default/serviceaccounts/default", new(struct{}))
+	})
+}
+
+// AwaitNode waits until the node is ready. It shows with the kubelet's next report
+// that it is not.
+func (c *Cluster) AwaitNode(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
 	return Poll(ctx, func(ctx context.Context) error {
 		var node Node
 		if err := c.API.Get(ctx, "/api/v1/nodes/"+NodeName, &node); err != nil {
@@ -111,8 +125,7 @@ func (c *Cluster) Start(ctx context.Context) error {
 		if ready := node.Status.Conditions.Get("Ready"); ready.Status != "True" {
 			return fmt.Errorf("node %s is not ready: %s", NodeName, ready.Message)
 		}
-		// A pod is refused until its namespace has the account it runs as.
-		return c.API.Get(ctx, "/api/v1/namespaces/default/serviceaccounts/default", new(struct{}))
+		return nil
 	})
 }
 

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenario
+
+import (
+	"strings"
+
+	"github.com/kata-remote/kata-remote/test/kube/cluster"
+	"github.com/kata-remote/kata-remote/test/kube/images"
+)
+
+// expand puts the names in that manifests share. A pod's grace period is short where
+// nothing is to be seen in its end.
+func expand(manifest string) string {
+	return strings.NewReplacer("CLASS", cluster.RuntimeClass, "AGNHOST", images.Agnhost, "BUSYBOX", images.Busybox).Replace(manifest)
+}
+
+// stays is the label of the pod that a drain leaves alone.
+const stays = "stays"
+
+var plainPod = expand(`apiVersion: v1
+kind: Pod
+metadata: {name: plain, namespace: default, labels: {` + stays + `: "yes"}}
+spec:
+  tolerations: [{operator: Exists}]
+  terminationGracePeriodSeconds: 0
+  containers: [{name: main, image: "AGNHOST", args: [netexec], readinessProbe: {httpGet: {path: /hostname, port: 8080}}}]
+`)
+
+// workloads are all that the checks look at. They start together: what a node with
+// work to do is like.
+func workloads() string {
+	return expand(deployment + containers + ends + refused)
+}
+
+const deployment = `apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      runtimeClassName: CLASS
+      terminationGracePeriodSeconds: 1
+      containers:
+      - name: main
+        image: AGNHOST
+        args: [netexec]
+        ports: [{containerPort: 8080}]
+        startupProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 60}
+        readinessProbe: {httpGet: {path: /hostname, port: 8080}, periodSeconds: 2}
+        livenessProbe: {exec: {command: [sh, -c, "exit 0"]}, timeoutSeconds: 30}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080}]
+---
+`
+
+// containers: one pod with init containers, a sidecar, hooks, volumes and a message.
+const containers = `apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings}
+data: {color: blue}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: parts}
+spec:
+  runtimeClassName: CLASS
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 30
+  volumes:
+  - {name: shared, emptyDir: {}}
+  - {name: settings, configMap: {name: settings}}
+  initContainers:
+  - {name: first, image: "BUSYBOX", command: [sh, -c, "echo first > /shared/order"], volumeMounts: [{name: shared, mountPath: /shared}]}
+  - name: sidecar
+    image: BUSYBOX
+    restartPolicy: Always
+    command: [sh, -c, "echo sidecar >> /shared/order; trap 'echo sidecar ends; exit 0' TERM; while :; do sleep 0.2; done"]
+    startupProbe: {exec: {command: [grep, sidecar, /shared/order]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 60}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+  - {name: second, image: "BUSYBOX", command: [sh, -c, "echo second >> /shared/order"], volumeMounts: [{name: shared, mountPath: /shared}]}
+  containers:
+  - name: main
+    image: BUSYBOX
+    command: [sh, -c, "echo main >> /shared/order; trap 'echo main ends; exit 0' TERM; while :; do sleep 0.2; done"]
+    lifecycle:
+      postStart: {exec: {command: [sh, -c, "echo post-start > /proc/1/fd/1; touch /tmp/started"]}}
+      preStop: {exec: {command: [sh, -c, "echo pre-stop > /proc/1/fd/1"]}}
+    readinessProbe: {exec: {command: [cat, /tmp/ready]}, periodSeconds: 1, timeoutSeconds: 30}
+    volumeMounts: [{name: shared, mountPath: /shared}, {name: settings, mountPath: /settings}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: account}
+spec:
+  runtimeClassName: CLASS
+  terminationGracePeriodSeconds: 0
+  containers: [{name: main, image: "AGNHOST", args: [inclusterclient, --poll-interval=1]}]
+---
+`
+
+// ends: pods and jobs that end, each in its way.
+const ends = `apiVersion: v1
+kind: Pod
+metadata: {name: message}
+spec:
+  runtimeClassName: CLASS
+  restartPolicy: Never
+  containers:
+  - {name: file, image: "BUSYBOX", command: [sh, -c, "printf 'the reason' > /dev/termination-log; exit 3"]}
+  - {name: log, image: "BUSYBOX", terminationMessagePolicy: FallbackToLogsOnError, command: [sh, -c, "echo the last words; exit 4"]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: greedy}
+spec:
+  runtimeClassName: CLASS
+  restartPolicy: Never
+  containers:
+  - name: main
+    image: BUSYBOX
+    command: [sh, -c, "echo boot $(cat /proc/sys/kernel/random/boot_id); dd if=/dev/zero of=/dev/null bs=200M count=1"]
+    resources: {limits: {memory: 64Mi, cpu: 200m}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: sick}
+spec:
+  runtimeClassName: CLASS
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: BUSYBOX
+    command: [sh, -c, "touch /tmp/healthy; sleep 3600"]
+    livenessProbe: {exec: {command: [cat, /tmp/healthy]}, periodSeconds: 2, timeoutSeconds: 30, failureThreshold: 1}
+---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: done}
+spec:
+  template:
+    spec:
+      runtimeClassName: CLASS
+      restartPolicy: Never
+      containers: [{name: main, image: "BUSYBOX", command: [sh, -c, "echo boot $(cat /proc/sys/kernel/random/boot_id)"]}]
+---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: late}
+spec:
+  activeDeadlineSeconds: 20
+  template:
+    metadata: {labels: {app: late}}
+    spec:
+      runtimeClassName: CLASS
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 1
+      containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]
+---
+`
+
+// refused: pods that name things of the node.
+const refused = `apiVersion: v1
+kind: Pod
+metadata: {name: wants-network}
+spec: {runtimeClassName: CLASS, hostNetwork: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: wants-processes}
+spec: {runtimeClassName: CLASS, hostPID: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: wants-ipc}
+spec: {runtimeClassName: CLASS, hostIPC: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: wants-path}
+spec:
+  runtimeClassName: CLASS
+  volumes: [{name: etc, hostPath: {path: /etc}}]
+  containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"], volumeMounts: [{name: etc, mountPath: /node-etc}]}]
+`
