@@ -26,6 +26,19 @@ type service struct{ *Agent }
 
 var empty = &emptypb.Empty{}
 
+// PowerOff is the end of the machine, hung or not: every process ends, and the next
+// sandbox is another one.
+func (a *Agent) PowerOff() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, c := range a.containers {
+		for _, p := range c.procs {
+			p.kill()
+		}
+	}
+	a.sandbox = nil
+}
+
 func (service) Check(context.Context, *agentpb.CheckRequest) (*agentpb.HealthCheckResponse, error) {
 	return &agentpb.HealthCheckResponse{Status: agentpb.HealthCheckResponse_SERVING}, nil
 }
@@ -45,14 +58,7 @@ func (s service) CreateSandbox(_ context.Context, r *agentpb.CreateSandboxReques
 }
 
 func (s service) DestroySandbox(context.Context, *agentpb.DestroySandboxRequest) (*emptypb.Empty, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, c := range s.containers {
-		for _, p := range c.procs {
-			p.kill()
-		}
-	}
-	s.sandbox = nil
+	s.PowerOff()
 	return empty, nil
 }
 

@@ -51,6 +51,10 @@ const (
 	// guest's word on whether memory ran out. containerd decides on the reason
 	// "OOMKilled" when it sees the exit, so the OOM event must come first.
 	oomGrace = 200 * time.Millisecond
+	// removeTimeout is what a guest has to remove a container whose process has ended:
+	// within the 10 s that containerd gives to the handling of an exit
+	// (internal/cri/server/events.go), with room for what else happens then.
+	removeTimeout = 5 * time.Second
 	// terminationMax is what Kubernetes keeps of a termination message.
 	terminationMax = 4096
 )
@@ -236,15 +240,9 @@ func (c *Container) exiting(ctx context.Context, e process.Exit) {
 		}
 	}
 	c.saveTermination(ctx)
-	c.mu.Lock()
-	var execs []*process.Process
-	for _, p := range c.execs {
-		execs = append(execs, p)
-	}
-	c.mu.Unlock()
 	grace, cancel := context.WithTimeout(ctx, execsGrace)
 	defer cancel()
-	for _, p := range execs {
+	for _, p := range c.allExecs() {
 		if s := p.Snapshot().State; s == process.StateRunning || s == process.StateStarting {
 			p.Wait(grace)
 		}
@@ -289,12 +287,39 @@ func (c *Container) OOM() {
 
 // Kill sends a signal to the first process or an exec. The guest lets SIGKILL of
 // the first process reach the whole container, with all or without it.
+//
+// SIGKILL ends a process even if its guest hangs: then it is given up. Other signals
+// fail. The sandbox's container is not asked for in the guest at all: its end is that
+// of the guest.
 func (c *Container) Kill(ctx context.Context, exec string, sig syscall.Signal) error {
 	p, err := c.process(exec)
 	if err != nil {
 		return err
 	}
-	return p.Kill(ctx, sig)
+	if sig == syscall.SIGKILL && c.cfg.Quiet && exec == "" && p.Snapshot().State == process.StateRunning {
+		p.End()
+		return nil
+	}
+	err = p.Kill(ctx, sig)
+	if sig != syscall.SIGKILL || !errors.Is(err, guest.ErrSilent) {
+		return err
+	}
+	if exec == "" { // the execs' exits come before the container's
+		for _, x := range c.allExecs() {
+			x.Abandon(ctx)
+		}
+	}
+	p.Abandon(ctx)
+	return nil
+}
+
+func (c *Container) allExecs() (execs []*process.Process) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range c.execs {
+		execs = append(execs, p)
+	}
+	return execs
 }
 
 // Pause freezes the container.
@@ -433,9 +458,29 @@ func (c *Container) Delete(ctx context.Context, exec string) (process.Exit, erro
 // remove takes the container out of the guest. Stock agents say Internal or
 // InvalidArgument for a container they do not have (kata-containers 4.1, src/agent/src/rpc.rs); whether it is
 // there at all is only interesting when the connection works.
+//
+// A guest that hangs is not waited for: containerd deletes a container while it handles
+// its exit, one after the other for all pods. The removal then goes on without it.
 func (c *Container) remove(ctx context.Context) error {
-	err := guest.AgentOnce(ctx, c.cfg.Conn, func(error) bool { return true },
-		agentpb.AgentServiceService.RemoveContainer, &agentpb.RemoveContainerRequest{ContainerId: c.cfg.ID})
+	done := make(chan error, 1)
+	go func() { // ends with the connection at the latest
+		done <- guest.AgentOnce(context.WithoutCancel(ctx), c.cfg.Conn, func(error) bool { return true },
+			agentpb.AgentServiceService.RemoveContainer, &agentpb.RemoveContainerRequest{ContainerId: c.cfg.ID})
+	}()
+	limit := time.Duration(removeTimeout)
+	if c.init.Abandoned() {
+		limit = 0
+	}
+	t := time.NewTimer(limit)
+	defer t.Stop()
+	var err error
+	select {
+	case err = <-done:
+	case <-t.C:
+		log.G(ctx).WithField(logkey.Container, c.cfg.ID).Error("the pod VM does not answer: the container's removal from it goes on in the background")
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
 	if err == nil || errors.Is(err, guest.ErrDead) || errdefs.IsNotFound(err) {
 		return nil
 	}

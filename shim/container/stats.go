@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	v1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	v2 "github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -17,9 +18,17 @@ import (
 	"github.com/kata-remote/kata-remote/shim/guest"
 )
 
+// statsTimeout is what a guest has to tell its figures, and a guest that is known to
+// hang is not asked: containerd collects them one after the other, for all pods of the
+// node (core/metrics, plugins/services/tasks), and gives 2 s to what it bounds itself.
+const statsTimeout = 2 * time.Second
+
 // Usage asks the guest how much the container uses.
 func (c *Container) Usage(ctx context.Context) (*agentpb.StatsContainerResponse, error) {
-	return guest.Agent(ctx, c.cfg.Conn, agentpb.AgentServiceService.StatsContainer, &agentpb.StatsContainerRequest{ContainerId: c.cfg.ID})
+	if c.cfg.Conn.Hung() {
+		return nil, fmt.Errorf("figures of container %s: %w", c.cfg.ID, guest.ErrSilent)
+	}
+	return guest.AgentWithin(ctx, c.cfg.Conn, statsTimeout, agentpb.AgentServiceService.StatsContainer, &agentpb.StatsContainerRequest{ContainerId: c.cfg.ID})
 }
 
 // Metrics has the form that this node's containerd expects, io.containerd.cgroups.v1.Metrics

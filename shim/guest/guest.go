@@ -52,6 +52,12 @@ const (
 
 	checkInterval = 5 * time.Second
 	checkTimeout  = 10 * time.Second
+
+	// hungAfter is how long a guest that is asked at least every checkInterval may say
+	// nothing before it counts as hung, and hungPatience what it is then still given
+	// where somebody waits for it.
+	hungAfter    = checkInterval + 2*time.Second
+	hungPatience = time.Second
 )
 
 // ErrDead is what every call returns once the guest is declared dead. Its class is
@@ -79,6 +85,7 @@ type Conn struct {
 	mu      sync.Mutex    // guards the fields below
 	link    *link         // nil while not connected
 	changed chan struct{} // closed and replaced when link changes
+	heard   time.Time     // when the guest last answered anything
 }
 
 type link struct {
@@ -95,7 +102,7 @@ func New(cfg Config) *Conn {
 	c := &Conn{
 		cfg: cfg, cancel: cancel,
 		done: make(chan struct{}), dead: make(chan struct{}),
-		changed: make(chan struct{}),
+		changed: make(chan struct{}), heard: time.Now(),
 	}
 	go c.run(ctx)
 	return c
@@ -181,6 +188,7 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 		<-l.closed
 		return nil, err
 	}
+	c.hear()
 	return l, nil
 }
 
@@ -215,13 +223,17 @@ func (c *Conn) watch(ctx context.Context, l *link) {
 				}
 				return
 			}
+			c.hear()
 		}
 	}
 }
 
-// acquire waits for a connection.
+// acquire waits for a connection. Nothing is begun for a caller that has left.
 func (c *Conn) acquire(ctx context.Context) (*link, error) {
 	for {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		c.mu.Lock()
 		l, changed := c.link, c.changed
 		c.mu.Unlock()
@@ -254,6 +266,9 @@ func (c *Conn) Call(ctx context.Context, f func(ctx context.Context, client *ttr
 		}
 		err = f(ctx, l.client, retried)
 		if !broken(ctx, err) {
+			if ctx.Err() == nil {
+				c.hear()
+			}
 			return native(err)
 		}
 		// The link is not usable: what is said about it here holds for everybody.

@@ -43,6 +43,11 @@ const (
 	// hookTimeout bounds what is done between the end of a process and its exit.
 	hookTimeout = 5 * time.Second
 
+	// signalTimeout is what a guest has to take a signal. containerd stops the containers
+	// of a pod one after the other, and the kubelet gives all of it 2 minutes
+	// (runtimeRequestTimeout).
+	signalTimeout = 5 * time.Second
+
 	statusUnknown = 255                        // nobody knows how it ended
 	statusKilled  = 128 + int(syscall.SIGKILL) // it ended with its pod VM
 )
@@ -89,6 +94,8 @@ type Process struct {
 	size     [2]uint32 // rows and columns wanted before the start; 0: none
 	killed   bool      // somebody sent SIGKILL
 	inputEnd bool      // the standard input was closed, possibly before the start
+	// abandoned ends the attempts to deliver a SIGKILL; nil: see Abandon.
+	abandoned context.CancelFunc
 }
 
 // New registers a process.
@@ -237,6 +244,10 @@ func (p *Process) result(ctx context.Context) Exit {
 func (p *Process) finish(e Exit, publish bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.finishLocked(e, publish)
+}
+
+func (p *Process) finishLocked(e Exit, publish bool) {
 	if p.moveLocked(eventExit) != nil {
 		return
 	}
@@ -248,7 +259,8 @@ func (p *Process) finish(e Exit, publish bool) {
 }
 
 // Kill sends a signal; SIGKILL to a container's first process reaches all of the
-// container. A process that has exited is NotFound.
+// container. A process that has exited is NotFound; guest.ErrSilent: it is not known
+// whether the guest got the signal, see Abandon.
 func (p *Process) Kill(ctx context.Context, sig syscall.Signal) error {
 	p.mu.Lock()
 	state := p.state
@@ -269,12 +281,58 @@ func (p *Process) Kill(ctx context.Context, sig syscall.Signal) error {
 		p.finish(Exit{Status: 128 + uint32(sig), At: time.Now()}, true)
 		return nil
 	}
-	_, err := guest.Agent(ctx, p.cfg.Conn, agentpb.AgentServiceService.SignalProcess,
-		&agentpb.SignalProcessRequest{ContainerId: p.cfg.Container, ExecId: p.signalID(), Signal: uint32(sig)})
+	_, err := guest.AgentWithin(ctx, p.cfg.Conn, signalTimeout, agentpb.AgentServiceService.SignalProcess, p.signal(sig))
 	if errors.Is(err, guest.ErrDead) {
 		return nil // the process ends with its guest: perhaps by this very signal
 	}
 	return err
+}
+
+func (p *Process) signal(sig syscall.Signal) *agentpb.SignalProcessRequest {
+	return &agentpb.SignalProcessRequest{ContainerId: p.cfg.Container, ExecId: p.signalID(), Signal: uint32(sig)}
+}
+
+// Abandon gives up a process whose guest does not answer to SIGKILL: it has exited with
+// status 137 as far as anybody here is concerned, and its output is not waited for. The
+// guest gets the signal when it answers again, if it ever does; until then the process
+// may go on.
+func (p *Process) Abandon(ctx context.Context) {
+	if !p.end() {
+		return
+	}
+	kctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	p.mu.Lock()
+	p.abandoned = cancel
+	p.mu.Unlock()
+	p.log(ctx).Error("the pod VM does not answer to SIGKILL: the process is given up")
+	go func() { // ends with the connection at the latest
+		defer cancel()
+		if _, err := guest.Agent(kctx, p.cfg.Conn, agentpb.AgentServiceService.SignalProcess, p.signal(syscall.SIGKILL)); err == nil {
+			p.log(ctx).Info("the process that was given up got its SIGKILL")
+		}
+	}()
+}
+
+// End has a process that was started exit with status 137 without asking the guest,
+// which is about to go.
+func (p *Process) End() { p.end() }
+
+func (p *Process) end() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != StateStarting && p.state != StateRunning {
+		return false
+	}
+	p.killed = true
+	p.finishLocked(Exit{Status: uint32(statusKilled), At: time.Now()}, p.state == StateRunning)
+	return true
+}
+
+// Abandoned tells whether the process was given up.
+func (p *Process) Abandoned() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.abandoned != nil
 }
 
 // signalID is empty for a container's first process: kata's agents then let SIGKILL
@@ -324,14 +382,19 @@ func (p *Process) CloseInput() {
 func (p *Process) Delete(ctx context.Context) (Exit, error) {
 	p.mu.Lock()
 	err := p.moveLocked(eventDelete)
-	e, streams := p.exit, p.streams
+	e, streams, abandoned := p.exit, p.streams, p.abandoned
 	p.mu.Unlock()
 	if err != nil {
 		return Exit{}, err
 	}
 	if streams != nil {
-		streams.WaitDrained(ctx, deleteIdle)
+		if abandoned == nil {
+			streams.WaitDrained(ctx, deleteIdle)
+		}
 		streams.Close()
+	}
+	if abandoned != nil && p.cfg.ExecID == "" {
+		abandoned() // it was removed with its container, whose id may come again
 	}
 	return e, nil
 }

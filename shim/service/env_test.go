@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -89,6 +90,7 @@ type env struct {
 	agent   *agenttest.Agent
 	adaptor *shimtest.Adaptor
 	sink    *shimtest.Sink
+	hung    atomic.Pointer[chan struct{}] // see hang
 	netns   string
 	options *anypb.Any
 }
@@ -98,7 +100,7 @@ func newEnv(t *testing.T, features []extension.Feature) *env {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	e := &env{t: t, ctx: ctx, netns: shimtest.NetNS(t)}
-	e.agent = &agenttest.Agent{Programs: programs, Features: features}
+	e.agent = &agenttest.Agent{Programs: programs, Features: features, Fault: e.fault}
 	e.adaptor = shimtest.NewAdaptor(t, e.agent)
 	e.sink = shimtest.NewSink(t)
 	b, err := proto.Marshal(&runtimeoptions.Options{ConfigPath: e.adaptor.ConfigFile()})

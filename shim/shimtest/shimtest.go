@@ -25,7 +25,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
-	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
 	"github.com/kata-remote/kata-remote/agent-protocol/hypervisorpb"
 )
@@ -37,15 +36,16 @@ type Adaptor struct {
 	// OnStart runs in StartVM; an error fails it. Set before use.
 	OnStart func(ctx context.Context) error
 
-	t      *testing.T
-	agent  string // the agent's own socket
-	mu     sync.Mutex
-	vms    map[string]*hypervisorpb.CreateVMRequest
-	stops  []string
-	listen net.Listener
-	conns  map[net.Conn]struct{}
-	wg     sync.WaitGroup
-	stop   func()
+	t        *testing.T
+	agent    string // the agent's own socket
+	powerOff func()
+	mu       sync.Mutex
+	vms      map[string]*hypervisorpb.CreateVMRequest
+	stops    []string
+	listen   net.Listener
+	conns    map[net.Conn]struct{}
+	wg       sync.WaitGroup
+	stop     func()
 }
 
 // NewAdaptor serves in a temporary directory until the test ends.
@@ -54,7 +54,7 @@ func NewAdaptor(t *testing.T, agent *agenttest.Agent) *Adaptor {
 	dir := shortDir(t)
 	a := &Adaptor{
 		Socket: filepath.Join(dir, "hypervisor.sock"), AgentSocket: filepath.Join(dir, "agent.ttrpc"),
-		t: t, agent: filepath.Join(dir, "real.sock"), vms: map[string]*hypervisorpb.CreateVMRequest{}, conns: map[net.Conn]struct{}{},
+		t: t, powerOff: agent.PowerOff, agent: filepath.Join(dir, "real.sock"), vms: map[string]*hypervisorpb.CreateVMRequest{}, conns: map[net.Conn]struct{}{},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	l := a.mustListen(a.agent)
@@ -226,7 +226,7 @@ func (a *Adaptor) StartVM(ctx context.Context, _ *hypervisorpb.StartVMRequest) (
 
 // StopVM implements hypervisorpb.HypervisorService. The agent forgets its sandbox: the
 // next pod VM has a new one.
-func (a *Adaptor) StopVM(ctx context.Context, r *hypervisorpb.StopVMRequest) (*hypervisorpb.StopVMResponse, error) {
+func (a *Adaptor) StopVM(_ context.Context, r *hypervisorpb.StopVMRequest) (*hypervisorpb.StopVMResponse, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.vms[r.Id] == nil {
@@ -234,15 +234,7 @@ func (a *Adaptor) StopVM(ctx context.Context, r *hypervisorpb.StopVMRequest) (*h
 	}
 	delete(a.vms, r.Id)
 	a.stops = append(a.stops, r.Id)
-	conn, err := net.Dial("unix", a.agent)
-	if err != nil {
-		return nil, err
-	}
-	client := ttrpc.NewClient(conn)
-	defer client.Close()
-	if _, err := agentpb.NewAgentServiceClient(client).DestroySandbox(ctx, &agentpb.DestroySandboxRequest{}); err != nil {
-		return nil, err
-	}
+	a.powerOff()
 	return &hypervisorpb.StopVMResponse{}, nil
 }
 

@@ -5,6 +5,11 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -99,4 +104,27 @@ func killOne(word string) error {
 		return err
 	}
 	return syscall.Kill(pid, syscall.SIGKILL)
+}
+
+// killShim kills the shim of a pod.
+func killShim(id string) error {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		args := strings.Split(string(b), "\x00")
+		if strings.Contains(args[0], "containerd-shim-kata") && slices.Contains(args, id) {
+			pid, err := strconv.Atoi(strings.Split(f, "/")[2])
+			if err != nil {
+				return err
+			}
+			return syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	return fmt.Errorf("no shim of %s", id)
 }
