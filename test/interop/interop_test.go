@@ -19,15 +19,21 @@ const longLease = time.Hour
 
 // A stock shim and our agent, without anything between them.
 func TestStockShimWithAgent(t *testing.T) {
-	for _, name := range []string{"pod", "files", "processes"} {
-		t.Run(name, func(t *testing.T) { Play(t, "testdata/"+name+".txt", newDirect(t)) })
+	names := newRegistry(t)
+	for _, name := range []string{"pod", "files", "processes", "guest-pull"} {
+		t.Run(name, func(t *testing.T) {
+			w := newDirect(t)
+			w.named = names
+			Play(t, "testdata/"+name+".txt", w)
+		})
 	}
 }
 
 // A stock shim, our adaptor, our forwarder and our agent.
 func TestStockShimWithAdaptor(t *testing.T) {
 	n := newNode(t, longLease, func(dir string) backend { return realAgent(t, dir) })
-	for _, name := range []string{"up", "pod", "down", "up", "restart", "down"} {
+	n.named = newRegistry(t)
+	for _, name := range []string{"up", "pod", "down", "up", "guest-pull", "down", "up", "restart", "down"} {
 		Play(t, "testdata/"+name+".txt", n)
 	}
 }

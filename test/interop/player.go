@@ -30,11 +30,10 @@ type World interface {
 	// Agent connects to the agent, Hypervisor to the adaptor.
 	Agent() (net.Conn, error)
 	Hypervisor() (net.Conn, error)
-	// StateDir is where /run/kata-containers is.
-	StateDir() string
-	// Do is a step of the world's own: its words and what is indented below. handled
-	// is false for one that it does not know.
-	Do(words []string, text string) (handled bool, err error)
+	Names() Names
+	// Do is a step of the world's own, with its words. handled is false for one that
+	// it does not know.
+	Do(words []string) (handled bool, err error)
 }
 
 // patience bounds what has no deadline of its own.
@@ -133,7 +132,7 @@ func (p *player) step(s Step) error {
 		p.hangUp()
 		return nil
 	}
-	handled, err := p.world.Do(s.Words, expand(s.Text, p.world.StateDir()))
+	handled, err := p.world.Do(s.Words)
 	if !handled && err == nil {
 		err = errors.New("this world does not know the step")
 	}
@@ -172,7 +171,7 @@ func (p *player) start(method, text string, options []string) (*pendingCall, err
 	if m == nil {
 		return nil, fmt.Errorf("%s: there is no such call", method)
 	}
-	req, err := message(m.Input(), expand(text, p.world.StateDir()))
+	req, err := message(m.Input(), p.world.Names().expand(text))
 	if err != nil {
 		return nil, err
 	}
@@ -280,7 +279,7 @@ func (p *player) finish(c *pendingCall, want *Want) error {
 		}
 		return nil
 	}
-	w, err := message(c.reply.ProtoReflect().Descriptor(), expand(want.Text, p.world.StateDir()))
+	w, err := message(c.reply.ProtoReflect().Descriptor(), p.world.Names().expand(want.Text))
 	if err != nil {
 		return err
 	}
@@ -323,7 +322,7 @@ func (p *player) read(w []string) error {
 	if len(w) != 5 || w[3] != "until" && w[3] != "eof" {
 		return errors.New(`want: read METHOD CONTAINER EXEC until|eof TEXT`)
 	}
-	w[4] = expand(w[4], p.world.StateDir())
+	w[4] = p.world.Names().expand(w[4])
 	var got strings.Builder
 	for got.String() != w[4] || w[3] == "eof" {
 		c, err := p.start(w[0], fmt.Sprintf("container_id: %q exec_id: %q len: 32768", w[1], w[2]), []string{"timeout=" + patience.String()})

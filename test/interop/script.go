@@ -27,9 +27,10 @@
 // "call ... cancelled" has a context that ended before; "abandon name" ends that of a
 // call under way. Further steps are the world's own (see World.Do).
 //
-// In requests and replies @fill(n,x) stands for n times the text x, and
-// /run/kata-containers for the agent's directory, wherever it is. What an error says is
-// wanted in quotes after its class.
+// In requests and replies @fill(n,x) stands for n times the text x,
+// /run/kata-containers for the agent's directory, wherever it is, and
+// registry.example and sha256:one for a registry and the digest of an image in it (see
+// Names). What an error says is wanted in quotes after its class.
 package interop
 
 import (
@@ -129,12 +130,19 @@ func words(line string) ([]string, error) {
 
 var fillRule = regexp.MustCompile(`@fill\((\d+),([^)]*)\)`)
 
+// Names are what the names in conversations stand for.
+type Names struct {
+	StateDir string // for /run/kata-containers
+	Registry string // for registry.example
+	Digest   string // for sha256:one, of the image tools/busybox:1 in the registry
+}
+
 // expand replaces what stands for something else.
-func expand(text, stateDir string) string {
+func (n Names) expand(text string) string {
 	text = fillRule.ReplaceAllStringFunc(text, func(m string) string {
 		p := fillRule.FindStringSubmatch(m)
 		n, _ := strconv.Atoi(p[1]) // the rule has it that these are digits
 		return strings.Repeat(p[2], n)
 	})
-	return strings.ReplaceAll(text, "/run/kata-containers", stateDir)
+	return strings.NewReplacer("/run/kata-containers", n.StateDir, "registry.example", n.Registry, "sha256:one", n.Digest).Replace(text)
 }

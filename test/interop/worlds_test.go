@@ -83,7 +83,8 @@ func realAgent(t *testing.T, dir string) backend {
 		srv.Close()
 		l.Close()
 		<-served
-		return err
+		// What a conversation has put there goes as with a machine: the next one is new.
+		return errors.Join(err, os.RemoveAll(filepath.Join(dir, "state")))
 	}
 }
 
@@ -149,7 +150,10 @@ func makeRoot(dir string) error {
 }
 
 // direct is a world of an agent alone, without an adaptor.
-type direct struct{ dir string }
+type direct struct {
+	dir   string
+	named Names
+}
 
 func newDirect(t *testing.T) *direct {
 	t.Helper()
@@ -173,23 +177,29 @@ func newDirect(t *testing.T) *direct {
 
 func (w *direct) socket() string           { return filepath.Join(w.dir, "agent.sock") }
 func (w *direct) Agent() (net.Conn, error) { return net.Dial("unix", w.socket()) }
-func (w *direct) StateDir() string         { return filepath.Join(w.dir, "state") }
+func (w *direct) Names() Names             { return w.named.in(w.dir) }
 
 func (w *direct) Hypervisor() (net.Conn, error) {
 	return nil, errors.New("there is no adaptor in this world")
 }
 
-func (w *direct) Do(words []string, _ string) (bool, error) { return doGuest(w.StateDir(), words) }
+// in are the names in a world whose directory is dir.
+func (n Names) in(dir string) Names {
+	n.StateDir = filepath.Join(dir, "state")
+	return n
+}
+
+func (w *direct) Do(words []string) (bool, error) { return doGuest(w.Names(), words) }
 
 // doGuest are the steps about the guest's files, which are this machine's:
 //
 //	rootfs PATH        what a guest pull leaves at PATH
 //	absent PATH        there is nothing at PATH
-func doGuest(stateDir string, words []string) (bool, error) {
+func doGuest(n Names, words []string) (bool, error) {
 	if len(words) != 2 {
 		return false, nil
 	}
-	path := expand(words[1], stateDir)
+	path := n.expand(words[1])
 	switch words[0] {
 	case "rootfs":
 		return true, makeRoot(path)
@@ -213,7 +223,8 @@ type node struct {
 	cloud   *sim.World
 	network *fakeNetwork
 	stock   *agenttest.Stock // where that is what is behind the forwarder
-	hold    chan struct{}    // VMs have no address before it is closed; nil: at once
+	named   Names
+	hold    chan struct{} // VMs have no address before it is closed; nil: at once
 
 	vms     atomic.Int32
 	manager *sandbox.Manager
@@ -278,7 +289,7 @@ func (n *node) start() {
 
 func (n *node) socket() string                { return filepath.Join(n.dir, "hypervisor.sock") }
 func (n *node) Hypervisor() (net.Conn, error) { return net.Dial("unix", n.socket()) }
-func (n *node) StateDir() string              { return filepath.Join(n.dir, "state") }
+func (n *node) Names() Names                  { return n.named.in(n.dir) }
 
 // Agent dials as kata does: again and again without a pause, for 30 s at most.
 func (n *node) Agent() (net.Conn, error) {
@@ -306,13 +317,13 @@ func (n *node) Agent() (net.Conn, error) {
 //	no-socket          nobody can connect to it any more
 //	no-dns             it was asked for a sandbox without dns
 //	network-namespace CONTAINER PATH
-func (n *node) Do(words []string, _ string) (bool, error) {
+func (n *node) Do(words []string) (bool, error) {
 	switch words[0] {
 	case "netns":
-		if err := os.MkdirAll(n.StateDir(), 0o755); err != nil {
+		if err := os.MkdirAll(n.Names().StateDir, 0o755); err != nil {
 			return true, err
 		}
-		return true, os.WriteFile(filepath.Join(n.StateDir(), words[1]), nil, 0o600)
+		return true, os.WriteFile(filepath.Join(n.Names().StateDir, words[1]), nil, 0o600)
 	case "restart":
 		n.stop()
 		n.start()
@@ -346,7 +357,7 @@ func (n *node) Do(words []string, _ string) (bool, error) {
 	case "gone":
 		return true, n.until(func() []string { return n.left(words[1]) })
 	}
-	return doGuest(n.StateDir(), words)
+	return doGuest(n.Names(), words)
 }
 
 func (n *node) doStock(words []string) error {
