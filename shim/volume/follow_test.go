@@ -16,10 +16,10 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/agenttest"
+	"github.com/kata-remote/kata-remote/shim/volume/volumetest"
 )
 
 // seen waits until a volume in the guest has a content.
@@ -39,11 +39,11 @@ func (p *pod) seen(path string, want map[string]string) {
 func TestFollow(t *testing.T) {
 	k := newKubelet(t)
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"colour": "blue", "sub/dir/deep": "x", "empty": ""}, 34), os.Chmod(w.dir, os.ModeSetgid|0o777))
+	k.must(w.Write(map[string]string{"colour": "blue", "sub/dir/deep": "x", "empty": ""}, 34), os.Chmod(w.Dir, os.ModeSetgid|0o777))
 	p := newPod(t, ours())
-	first := p.bring("one", bind(w.dir, "/etc/cfg", "ro"))
+	first := p.bring("one", bind(w.Dir, "/etc/cfg", "ro"))
 	at := first.Volumes[0].GuestPath
-	if second := p.bring("two", bind(w.dir, "/other", "ro")); second.Volumes[0].GuestPath != at || !slices.Contains(second.Mounts()[0].Options, "ro") {
+	if second := p.bring("two", bind(w.Dir, "/other", "ro")); second.Volumes[0].GuestPath != at || !slices.Contains(second.Mounts()[0].Options, "ro") {
 		t.Errorf("the second container has it at %s, the first at %s", second.Volumes[0].GuestPath, at)
 	}
 	files, revision := p.agent.Volume(at)
@@ -60,12 +60,12 @@ func TestFollow(t *testing.T) {
 		t.Errorf("files: %v", slices.Sorted(maps.Keys(files)))
 	}
 	for _, content := range []map[string]string{{"colour": "red", "new": "1"}, {}, {"a/b/c": "2"}} {
-		k.must(w.write(content, 34))
+		k.must(w.Write(content, 34))
 		p.seen(at, content)
 	}
 	// Nothing of what follows moves "..data".
-	data, _ := os.Readlink(filepath.Join(w.dir, "..data"))
-	k.must(os.Chmod(filepath.Join(w.dir, data, "a/b/c"), 0o600))
+	data, _ := os.Readlink(filepath.Join(w.Dir, "..data"))
+	k.must(os.Chmod(filepath.Join(w.Dir, data, "a/b/c"), 0o600))
 	p.eventually(func() error {
 		files, _ := p.agent.Volume(at)
 		if f := files[data+"/a/b/c"]; f.Mode != unix.S_IFREG|0o600 {
@@ -74,7 +74,7 @@ func TestFollow(t *testing.T) {
 		return nil
 	})
 	p.set.Release("one")
-	k.must(w.write(map[string]string{"still": "followed"}, 0))
+	k.must(w.Write(map[string]string{"still": "followed"}, 0))
 	p.seen(at, map[string]string{"still": "followed"})
 	p.set.Release("two")
 	p.eventually(func() error {
@@ -84,28 +84,10 @@ func TestFollow(t *testing.T) {
 		return nil
 	})
 	calls := p.count("PutVolume")
-	k.must(w.write(map[string]string{"nobody": "looks"}, 0))
-	if again := p.bring("three", bind(w.dir, "/etc/cfg")).Volumes[0].GuestPath; again == at || p.count("PutVolume") != calls+1 {
+	k.must(w.Write(map[string]string{"nobody": "looks"}, 0))
+	if again := p.bring("three", bind(w.Dir, "/etc/cfg")).Volumes[0].GuestPath; again == at || p.count("PutVolume") != calls+1 {
 		t.Errorf("for the third container: %s after %s, %d calls", again, at, p.count("PutVolume")-calls)
 	}
-}
-
-// numbered is the content of a revision whose keys come and go.
-func numbered(n int) map[string]string {
-	v := fmt.Sprint(n)
-	return map[string]string{"a": v, "b": v, "sub/c": v, "of-" + fmt.Sprint(n%3): v, "only-" + v: v}
-}
-
-// wholeOne tells which revision was seen, and that it is one.
-func wholeOne(seen map[string]string) (int, error) {
-	var n int
-	if _, err := fmt.Sscan(seen["a"], &n); err != nil {
-		return 0, fmt.Errorf("%v: %w", seen, err)
-	}
-	if diff := cmp.Diff(numbered(n), seen); diff != "" {
-		return n, fmt.Errorf("revision %d: %s", n, diff)
-	}
-	return n, nil
 }
 
 // TestFollowHastyWriter: of 200 updates at full speed, by both generations of the
@@ -117,10 +99,10 @@ func TestFollowHastyWriter(t *testing.T) {
 			const updates = 200
 			k := newKubelet(t)
 			w := k.writer("projected", "token")
-			w.late = late
-			k.must(w.write(numbered(0), 1000))
+			w.Late = late
+			k.must(w.Write(volumetest.Numbered(0), 1000))
 			p := newPod(t, ours())
-			at := p.bring("app", bind(w.dir, "/token", "ro")).Volumes[0].GuestPath
+			at := p.bring("app", bind(w.Dir, "/token", "ro")).Volumes[0].GuestPath
 			stop := make(chan struct{})
 			var wg sync.WaitGroup
 			wg.Go(func() {
@@ -130,7 +112,7 @@ func TestFollowHastyWriter(t *testing.T) {
 						return
 					default:
 					}
-					n, err := wholeOne(p.content(at))
+					n, err := volumetest.Whole(p.content(at))
 					if err == nil && n < last {
 						err = fmt.Errorf("revision %d after %d", n, last)
 					}
@@ -142,14 +124,14 @@ func TestFollowHastyWriter(t *testing.T) {
 				}
 			})
 			for n := 1; n <= updates; n++ {
-				if err := w.write(numbered(n), 1000+n); err != nil {
+				if err := w.Write(volumetest.Numbered(n), 1000+n); err != nil {
 					t.Error(err)
 				}
 				if n%20 == 0 {
 					p.adaptor.Cut()
 				}
 			}
-			p.seen(at, numbered(updates))
+			p.seen(at, volumetest.Numbered(updates))
 			p.eventually(func() error { // the owners too
 				files, _ := p.agent.Volume(at)
 				if f := files[files["..data"].Target+"/sub/c"]; f.GID != 1000+updates {
@@ -168,27 +150,27 @@ func TestFollowHastyWriter(t *testing.T) {
 func TestFollowReplaced(t *testing.T) {
 	k := newKubelet(t)
 	w := k.writer("secret", "s")
-	k.must(w.write(map[string]string{"k": "1"}, 0))
+	k.must(w.Write(map[string]string{"k": "1"}, 0))
 	p := newPod(t, ours())
-	at := p.bring("app", bind(w.dir, "/s", "ro")).Volumes[0].GuestPath
-	k.must(os.RemoveAll(w.dir), os.Mkdir(w.dir, 0o755), w.write(map[string]string{"k": "2"}, 0))
+	at := p.bring("app", bind(w.Dir, "/s", "ro")).Volumes[0].GuestPath
+	k.must(os.RemoveAll(w.Dir), os.Mkdir(w.Dir, 0o755), w.Write(map[string]string{"k": "2"}, 0))
 	p.seen(at, map[string]string{"k": "2"})
 	other := k.writer("secret", "other")
-	k.must(other.write(map[string]string{"k": "3"}, 0), unix.Renameat2(unix.AT_FDCWD, w.dir, unix.AT_FDCWD, other.dir, unix.RENAME_EXCHANGE))
+	k.must(other.Write(map[string]string{"k": "3"}, 0), unix.Renameat2(unix.AT_FDCWD, w.Dir, unix.AT_FDCWD, other.Dir, unix.RENAME_EXCHANGE))
 	p.seen(at, map[string]string{"k": "3"})
-	k.must(w.write(map[string]string{"k": "4"}, 0))
+	k.must(w.Write(map[string]string{"k": "4"}, 0))
 	p.seen(at, map[string]string{"k": "4"})
-	k.must(unix.Mount("tmpfs", w.dir, "tmpfs", 0, ""))
-	defer unix.Unmount(w.dir, unix.MNT_DETACH)
-	k.must(w.write(map[string]string{"k": "5"}, 0))
+	k.must(unix.Mount("tmpfs", w.Dir, "tmpfs", 0, ""))
+	defer unix.Unmount(w.Dir, unix.MNT_DETACH)
+	k.must(w.Write(map[string]string{"k": "5"}, 0))
 	p.set.mu.Lock()
-	f := p.set.followers[w.dir]
+	f := p.set.followers[w.Dir]
 	p.set.mu.Unlock()
 	f.poke() // a mount on top is not reported, and the kubelet makes none
 	p.seen(at, map[string]string{"k": "5"})
-	k.must(unix.Unmount(w.dir, 0))
+	k.must(unix.Unmount(w.Dir, 0))
 	p.seen(at, map[string]string{"k": "4"})
-	k.must(w.write(map[string]string{"k": "6"}, 0))
+	k.must(w.Write(map[string]string{"k": "6"}, 0))
 	p.seen(at, map[string]string{"k": "6"})
 }
 
@@ -214,13 +196,13 @@ func TestFollowBroken(t *testing.T) {
 	big := func(c string) map[string]string {
 		return map[string]string{"a": strings.Repeat(c, 1<<20), "b": strings.Repeat(c, 1<<20), "c": c}
 	}
-	k.must(w.write(big("0"), 0))
+	k.must(w.Write(big("0"), 0))
 	p = newPod(t, agent)
-	at = p.bring("app", bind(w.dir, "/cfg", "ro")).Volumes[0].GuestPath
+	at = p.bring("app", bind(w.Dir, "/cfg", "ro")).Volumes[0].GuestPath
 	p.seen(at, big("0"))
 	for n := 1; n <= 3; n++ { // the cut comes with the first, second or third piece
 		armed.Store(int32(n))
-		k.must(w.write(big(fmt.Sprint(n)), 0))
+		k.must(w.Write(big(fmt.Sprint(n)), 0))
 		p.seen(at, big(fmt.Sprint(n)))
 	}
 	if armed.Load() != 0 {
@@ -243,11 +225,11 @@ func TestFollowFull(t *testing.T) {
 	}
 	k := newKubelet(t)
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"k": "1"}, 0))
+	k.must(w.Write(map[string]string{"k": "1"}, 0))
 	p := newPod(t, agent)
-	at := p.bring("app", bind(w.dir, "/cfg", "ro")).Volumes[0].GuestPath
+	at := p.bring("app", bind(w.Dir, "/cfg", "ro")).Volumes[0].GuestPath
 	full.Store(true)
-	k.must(w.write(map[string]string{"k": "2"}, 0))
+	k.must(w.Write(map[string]string{"k": "2"}, 0))
 	p.eventually(func() error {
 		if refused.Load() == 0 {
 			return errors.New("no update was sent")
@@ -255,7 +237,7 @@ func TestFollowFull(t *testing.T) {
 		return nil
 	})
 	p.seen(at, map[string]string{"k": "1"})
-	plan, err := p.plan("other", bind(w.dir, "/cfg", "ro"))
+	plan, err := p.plan("other", bind(w.Dir, "/cfg", "ro"))
 	if err == nil {
 		err = plan.Bring(p.context(), p.conn)
 	}
@@ -264,7 +246,7 @@ func TestFollowFull(t *testing.T) {
 	}
 	p.set.Release("other")
 	full.Store(false)
-	k.must(w.write(map[string]string{"k": "3"}, 0))
+	k.must(w.Write(map[string]string{"k": "3"}, 0))
 	p.seen(at, map[string]string{"k": "3"})
 }
 
@@ -272,11 +254,11 @@ func TestFollowFull(t *testing.T) {
 func TestFollowUnwatched(t *testing.T) {
 	k := newKubelet(t)
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"k": "1"}, 0))
+	k.must(w.Write(map[string]string{"k": "1"}, 0))
 	p := newPod(t, ours())
 	p.set.watcher.close()
-	at := p.bring("app", bind(w.dir, "/cfg", "ro")).Volumes[0].GuestPath
-	k.must(w.write(map[string]string{"k": "2"}, 0))
+	at := p.bring("app", bind(w.Dir, "/cfg", "ro")).Volumes[0].GuestPath
+	k.must(w.Write(map[string]string{"k": "2"}, 0))
 	p.seen(at, map[string]string{"k": "2"})
 }
 
@@ -284,12 +266,12 @@ func TestFollowUnwatched(t *testing.T) {
 func TestFollowDead(t *testing.T) {
 	k := newKubelet(t)
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"k": "1"}, 0))
+	k.must(w.Write(map[string]string{"k": "1"}, 0))
 	p := newPod(t, ours())
-	p.bring("app", bind(w.dir, "/cfg", "ro"))
+	p.bring("app", bind(w.Dir, "/cfg", "ro"))
 	p.conn.Close()
-	k.must(w.write(map[string]string{"k": "2"}, 0))
-	plan, err := p.plan("other", bind(w.dir, "/cfg", "ro"))
+	k.must(w.Write(map[string]string{"k": "2"}, 0))
+	plan, err := p.plan("other", bind(w.Dir, "/cfg", "ro"))
 	if err == nil {
 		err = plan.Bring(p.context(), p.conn)
 	}
@@ -299,7 +281,7 @@ func TestFollowDead(t *testing.T) {
 	p.set.Release("app")
 	p.set.Release("other")
 	p.set.Close()
-	if plan, err := p.plan("late", bind(w.dir, "/cfg", "ro")); err != nil || plan.Bring(p.context(), p.conn) == nil {
+	if plan, err := p.plan("late", bind(w.Dir, "/cfg", "ro")); err != nil || plan.Bring(p.context(), p.conn) == nil {
 		t.Errorf("after the end: %v", err)
 	}
 }
@@ -308,9 +290,9 @@ func TestFollowDead(t *testing.T) {
 func TestFollowStock(t *testing.T) {
 	k := newKubelet(t)
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"colour": "blue", "sub/x": "1"}, 34))
+	k.must(w.Write(map[string]string{"colour": "blue", "sub/x": "1"}, 34))
 	p := newPod(t, &agenttest.Agent{})
-	at := p.bring("app", bind(w.dir, "/cfg", "ro")).Volumes[0].GuestPath
+	at := p.bring("app", bind(w.Dir, "/cfg", "ro")).Volumes[0].GuestPath
 	if !strings.HasPrefix(at, "/run/kata-containers/shared/containers/pod-") {
 		t.Errorf("path %s", at)
 	}
@@ -325,7 +307,7 @@ func TestFollowStock(t *testing.T) {
 	if err := check("..2026_11_21_10_00_00.1", "blue"); err != nil {
 		t.Error(err)
 	}
-	k.must(w.write(map[string]string{"colour": "red", "sub/x": "1", "more": ""}, 34))
+	k.must(w.Write(map[string]string{"colour": "red", "sub/x": "1", "more": ""}, 34))
 	p.eventually(func() error { return check("..2026_11_21_10_00_00.2", "red") })
 	p.eventually(func() error {
 		if f := p.agent.Files()[at+"/..2026_11_21_10_00_00.1"]; f.Mode != unix.S_IFREG {

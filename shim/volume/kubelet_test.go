@@ -5,8 +5,6 @@ package volume
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +17,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"github.com/kata-remote/kata-remote/shim/guest"
 	"github.com/kata-remote/kata-remote/shim/shimtest"
+	"github.com/kata-remote/kata-remote/shim/volume/volumetest"
 )
 
 // patience bounds what a test waits for; a machine busy with other tests is slow.
@@ -61,89 +60,8 @@ func bind(source, dest string, options ...string) specs.Mount {
 	return specs.Mount{Type: "bind", Source: source, Destination: dest, Options: append([]string{"rbind", "rprivate"}, options...)}
 }
 
-// writer writes a volume as the kubelet's AtomicWriter does, step by step
-// (Kubernetes, pkg/volume/util/atomic_writer.go, 1.34).
-type writer struct {
-	dir    string
-	serial int
-	// late sets owners after the switch, as kubelets before 1.27 did for fsGroup.
-	late bool
-}
-
-func (k kubelet) writer(kind, name string) *writer {
-	return &writer{dir: k.dir("volumes", "kubernetes.io~"+kind, name)}
-}
-
-// write replaces the volume's content. Names may have slashes.
-func (w *writer) write(payload map[string]string, gid int) error {
-	old, err := os.Readlink(filepath.Join(w.dir, "..data")) // (2)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	w.serial++
-	name := fmt.Sprintf("..2026_11_21_10_00_00.%d", w.serial)
-	ts := filepath.Join(w.dir, name)
-	if err := os.Mkdir(ts, 0o755); err != nil { // (5)
-		return err
-	}
-	for path, content := range payload { // (6)
-		at := filepath.Join(ts, path)
-		if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(at, []byte(content), 0o644); err != nil {
-			return err
-		}
-	}
-	if !w.late {
-		if err := chownAll(ts, gid); err != nil { // (7)
-			return err
-		}
-	}
-	next := filepath.Join(w.dir, "..data_tmp")
-	if err := os.Symlink(name, next); err != nil { // (8)
-		return err
-	}
-	if err := os.Rename(next, filepath.Join(w.dir, "..data")); err != nil { // (9)
-		return err
-	}
-	visible := map[string]bool{}
-	for path := range payload { // (10)
-		first, _, _ := strings.Cut(path, "/")
-		visible[first] = true
-		if err := os.Symlink(filepath.Join("..data", first), filepath.Join(w.dir, first)); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	list, err := os.ReadDir(w.dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range list { // (11)
-		if !strings.HasPrefix(e.Name(), "..") && !visible[e.Name()] {
-			if err := os.Remove(filepath.Join(w.dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	if old != "" { // (12)
-		if err := os.RemoveAll(filepath.Join(w.dir, old)); err != nil {
-			return err
-		}
-	}
-	if w.late {
-		return chownAll(ts, gid)
-	}
-	return nil
-}
-
-func chownAll(dir string, gid int) error {
-	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
-		if err == nil {
-			err = os.Lchown(path, 0, gid)
-		}
-		return err
-	})
+func (k kubelet) writer(kind, name string) *volumetest.Writer {
+	return &volumetest.Writer{Dir: k.dir("volumes", "kubernetes.io~"+kind, name)}
 }
 
 // pod is a Set with a guest behind an adaptor.

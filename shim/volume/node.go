@@ -142,8 +142,9 @@ func refuse(m specs.Mount, fi os.FileInfo, why, fix string) error {
 	case mode&os.ModeNamedPipe != 0:
 		what, other = "the pipe", "reach the other process over the network"
 	}
+	what += " " + m.Source
 	if named := namedRE.FindStringSubmatch(m.Source); named != nil {
-		what += fmt.Sprintf(" of volume %q (%s),", named[2], named[1])
+		what += fmt.Sprintf(" (volume %q, %s)", named[2], named[1])
 	}
 	if fix == "" {
 		fix = other
@@ -151,7 +152,7 @@ func refuse(m specs.Mount, fi os.FileInfo, why, fix string) error {
 	if why != "" {
 		why = " (" + why + ")"
 	}
-	return fmt.Errorf("%s %s is on the node, and a pod VM shares no file system with it%s: %s: %w", what, m.Source, why, fix, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("%s is on the node, and a pod VM shares no file system with it%s: %s: %w", what, why, fix, errdefs.ErrInvalidArgument)
 }
 
 // revisionOf is the directory that a volume's "..data" names. It is an error unless

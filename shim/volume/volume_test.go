@@ -119,9 +119,9 @@ func TestSubPathOrigin(t *testing.T) {
 	mount("tmpfs", mem, "tmpfs", 0)
 	k.must(os.MkdirAll(filepath.Join(disk, "a b/c"), 0o755), os.Mkdir(filepath.Join(mem, "sub"), 0o755))
 	w := k.writer("configmap", "cfg")
-	k.must(w.write(map[string]string{"key": "value", "dir/one": "1"}, 0))
+	k.must(w.Write(map[string]string{"key": "value", "dir/one": "1"}, 0))
 	var mounts []specs.Mount
-	for i, source := range []string{filepath.Join(disk, "a b/c"), filepath.Join(mem, "sub"), filepath.Join(w.dir, "key"), filepath.Join(w.dir, "dir")} {
+	for i, source := range []string{filepath.Join(disk, "a b/c"), filepath.Join(mem, "sub"), filepath.Join(w.Dir, "key"), filepath.Join(w.Dir, "dir")} {
 		at := k.path("volume-subpaths", "v", "app", string(rune('0'+i)))
 		k.must(os.MkdirAll(filepath.Dir(at), 0o755))
 		if i == 2 {
@@ -150,7 +150,7 @@ func TestSubPathOrigin(t *testing.T) {
 	}
 	key, dir := plan.Volumes[2].GuestPath, plan.Volumes[3].GuestPath
 	// What it was made with is what it keeps.
-	k.must(w.write(map[string]string{"key": "other", "dir/one": "2"}, 0))
+	k.must(w.Write(map[string]string{"key": "other", "dir/one": "2"}, 0))
 	if files, _ := p.agent.Volume(filepath.Dir(key)); string(files[filepath.Base(key)].Data) != "value" {
 		t.Errorf("file: %v", files)
 	}
@@ -238,7 +238,7 @@ func TestRefused(t *testing.T) {
 		want  string
 	}{
 		"directory":   {bind(dir, "/host"), "volume at /host: the directory " + dir + " is on the node, and a pod VM shares no file system with it: use an emptyDir"},
-		"claim":       {bind(claim, "/host"), `the directory of volume "claim" (kubernetes.io~csi), ` + claim},
+		"claim":       {bind(claim, "/host"), "the directory " + claim + ` (volume "claim", kubernetes.io~csi) is on the node`},
 		"socket":      {bind(filepath.Join(dir, "sock"), "/host"), "the socket"},
 		"device":      {bind("/dev/null", "/host"), "the device"},
 		"file":        {bind(file, "/host"), "mount it read-only"},

@@ -97,6 +97,18 @@ func runPod(ctx context.Context, bed *testbed.Bed, name, handler string, annotat
 
 // Run creates and starts a container from the busybox image.
 func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Container, error) {
+	return p.run(ctx, name, nil, command...)
+}
+
+// Mount is a folder or file of the node in a container, as the kubelet asks for it.
+type Mount struct {
+	HostPath      string `json:"host_path"`
+	ContainerPath string `json:"container_path"`
+	Readonly      bool   `json:"readonly"`
+}
+
+// run is Run with mounts.
+func (p *Pod) run(ctx context.Context, name string, mounts []Mount, command ...string) (*Container, error) {
 	c := &Container{pod: p, log: filepath.Join(p.Logs, name+".log")}
 	file := filepath.Join(podConfigs, p.Name+"-"+name+".json")
 	if err := writeJSON(file, map[string]any{
@@ -105,6 +117,7 @@ func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Contain
 		"command":  command,
 		"log_path": name + ".log",
 		"linux":    p.linux,
+		"mounts":   mounts,
 	}); err != nil {
 		return nil, err
 	}
