@@ -23,6 +23,8 @@ const (
 	// Volumes: PodVM.PutVolume and PodVM.RemoveVolume, and the storage driver
 	// SubPathDriver.
 	Volumes Feature = "peerpod.volumes.v1"
+	// Forward: PodVM.Forward.
+	Forward Feature = "peerpod.forward.v1"
 )
 
 const (

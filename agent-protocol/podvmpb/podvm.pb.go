@@ -784,6 +784,87 @@ func (*RemoveVolumeResponse) Descriptor() ([]byte, []int) {
 	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{9}
 }
 
+type ForwardFrame struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller's first frame only: 1 to 65535.
+	Port uint32 `protobuf:"varint,1,opt,name=port,proto3" json:"port,omitempty"`
+	// Either end's first frame only: bytes past acked that the other end may send.
+	Window uint64 `protobuf:"varint,2,opt,name=window,proto3" json:"window,omitempty"`
+	// At most 1 MiB.
+	Data []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	// Nothing follows in this direction; later frames only acknowledge.
+	Eof bool `protobuf:"varint,4,opt,name=eof,proto3" json:"eof,omitempty"`
+	// Bytes from the start of the other direction that the connection has taken. Cumulative.
+	Acked         uint64 `protobuf:"varint,5,opt,name=acked,proto3" json:"acked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardFrame) Reset() {
+	*x = ForwardFrame{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardFrame) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardFrame) ProtoMessage() {}
+
+func (x *ForwardFrame) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardFrame.ProtoReflect.Descriptor instead.
+func (*ForwardFrame) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ForwardFrame) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ForwardFrame) GetWindow() uint64 {
+	if x != nil {
+		return x.Window
+	}
+	return 0
+}
+
+func (x *ForwardFrame) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ForwardFrame) GetEof() bool {
+	if x != nil {
+		return x.Eof
+	}
+	return false
+}
+
+func (x *ForwardFrame) GetAcked() uint64 {
+	if x != nil {
+		return x.Acked
+	}
+	return 0
+}
+
 var File_agent_protocol_proto_podvm_proto protoreflect.FileDescriptor
 
 const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
@@ -831,14 +912,20 @@ const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
 	"\x04done\x18\x02 \x01(\bR\x04done\")\n" +
 	"\x13RemoveVolumeRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"\x16\n" +
-	"\x14RemoveVolumeResponse*9\n" +
+	"\x14RemoveVolumeResponse\"v\n" +
+	"\fForwardFrame\x12\x12\n" +
+	"\x04port\x18\x01 \x01(\rR\x04port\x12\x16\n" +
+	"\x06window\x18\x02 \x01(\x04R\x06window\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x10\n" +
+	"\x03eof\x18\x04 \x01(\bR\x03eof\x12\x14\n" +
+	"\x05acked\x18\x05 \x01(\x04R\x05acked*9\n" +
 	"\vCompression\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_ZSTD\x10\x01*a\n" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\xd5\x03\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x022\xa4\x04\n" +
 	"\x05PodVM\x12a\n" +
 	"\fImportRootfs\x12%.peerpod.podvm.v1.ImportRootfsRequest\x1a&.peerpod.podvm.v1.ImportRootfsResponse(\x010\x01\x12[\n" +
 	"\n" +
@@ -846,7 +933,8 @@ const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
 	"\n" +
 	"WriteInput\x12#.peerpod.podvm.v1.WriteInputRequest\x1a$.peerpod.podvm.v1.WriteInputResponse\x12T\n" +
 	"\tPutVolume\x12\".peerpod.podvm.v1.PutVolumeRequest\x1a#.peerpod.podvm.v1.PutVolumeResponse\x12]\n" +
-	"\fRemoveVolume\x12%.peerpod.podvm.v1.RemoveVolumeRequest\x1a&.peerpod.podvm.v1.RemoveVolumeResponseBCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
+	"\fRemoveVolume\x12%.peerpod.podvm.v1.RemoveVolumeRequest\x1a&.peerpod.podvm.v1.RemoveVolumeResponse\x12M\n" +
+	"\aForward\x12\x1e.peerpod.podvm.v1.ForwardFrame\x1a\x1e.peerpod.podvm.v1.ForwardFrame(\x010\x01BCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
 
 var (
 	file_agent_protocol_proto_podvm_proto_rawDescOnce sync.Once
@@ -861,7 +949,7 @@ func file_agent_protocol_proto_podvm_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_protocol_proto_podvm_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_agent_protocol_proto_podvm_proto_goTypes = []any{
 	(Compression)(0),             // 0: peerpod.podvm.v1.Compression
 	(OutputStream)(0),            // 1: peerpod.podvm.v1.OutputStream
@@ -875,6 +963,7 @@ var file_agent_protocol_proto_podvm_proto_goTypes = []any{
 	(*PutVolumeResponse)(nil),    // 9: peerpod.podvm.v1.PutVolumeResponse
 	(*RemoveVolumeRequest)(nil),  // 10: peerpod.podvm.v1.RemoveVolumeRequest
 	(*RemoveVolumeResponse)(nil), // 11: peerpod.podvm.v1.RemoveVolumeResponse
+	(*ForwardFrame)(nil),         // 12: peerpod.podvm.v1.ForwardFrame
 }
 var file_agent_protocol_proto_podvm_proto_depIdxs = []int32{
 	0,  // 0: peerpod.podvm.v1.ImportRootfsRequest.compression:type_name -> peerpod.podvm.v1.Compression
@@ -884,13 +973,15 @@ var file_agent_protocol_proto_podvm_proto_depIdxs = []int32{
 	6,  // 4: peerpod.podvm.v1.PodVM.WriteInput:input_type -> peerpod.podvm.v1.WriteInputRequest
 	8,  // 5: peerpod.podvm.v1.PodVM.PutVolume:input_type -> peerpod.podvm.v1.PutVolumeRequest
 	10, // 6: peerpod.podvm.v1.PodVM.RemoveVolume:input_type -> peerpod.podvm.v1.RemoveVolumeRequest
-	3,  // 7: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
-	5,  // 8: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
-	7,  // 9: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
-	9,  // 10: peerpod.podvm.v1.PodVM.PutVolume:output_type -> peerpod.podvm.v1.PutVolumeResponse
-	11, // 11: peerpod.podvm.v1.PodVM.RemoveVolume:output_type -> peerpod.podvm.v1.RemoveVolumeResponse
-	7,  // [7:12] is the sub-list for method output_type
-	2,  // [2:7] is the sub-list for method input_type
+	12, // 7: peerpod.podvm.v1.PodVM.Forward:input_type -> peerpod.podvm.v1.ForwardFrame
+	3,  // 8: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
+	5,  // 9: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
+	7,  // 10: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
+	9,  // 11: peerpod.podvm.v1.PodVM.PutVolume:output_type -> peerpod.podvm.v1.PutVolumeResponse
+	11, // 12: peerpod.podvm.v1.PodVM.RemoveVolume:output_type -> peerpod.podvm.v1.RemoveVolumeResponse
+	12, // 13: peerpod.podvm.v1.PodVM.Forward:output_type -> peerpod.podvm.v1.ForwardFrame
+	8,  // [8:14] is the sub-list for method output_type
+	2,  // [2:8] is the sub-list for method input_type
 	2,  // [2:2] is the sub-list for extension type_name
 	2,  // [2:2] is the sub-list for extension extendee
 	0,  // [0:2] is the sub-list for field type_name
@@ -907,7 +998,7 @@ func file_agent_protocol_proto_podvm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_proto_podvm_proto_rawDesc), len(file_agent_protocol_proto_podvm_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

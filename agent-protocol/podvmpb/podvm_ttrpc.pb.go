@@ -13,6 +13,7 @@ type PodVMService interface {
 	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
 	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
+	Forward(context.Context, PodVM_ForwardServer) error
 }
 
 type PodVM_ImportRootfsServer interface {
@@ -59,6 +60,28 @@ func (x *podvmReadOutputServer) Recv() (*ReadOutputRequest, error) {
 	return m, nil
 }
 
+type PodVM_ForwardServer interface {
+	Send(*ForwardFrame) error
+	Recv() (*ForwardFrame, error)
+	ttrpc.StreamServer
+}
+
+type podvmForwardServer struct {
+	ttrpc.StreamServer
+}
+
+func (x *podvmForwardServer) Send(m *ForwardFrame) error {
+	return x.StreamServer.SendMsg(m)
+}
+
+func (x *podvmForwardServer) Recv() (*ForwardFrame, error) {
+	m := new(ForwardFrame)
+	if err := x.StreamServer.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
 func RegisterPodVMService(srv *ttrpc.Server, svc PodVMService) {
 	srv.RegisterService("peerpod.podvm.v1.PodVM", &ttrpc.ServiceDesc{
 		Methods: map[string]ttrpc.Method{
@@ -99,6 +122,13 @@ func RegisterPodVMService(srv *ttrpc.Server, svc PodVMService) {
 				StreamingClient: true,
 				StreamingServer: true,
 			},
+			"Forward": {
+				Handler: func(ctx context.Context, stream ttrpc.StreamServer) (interface{}, error) {
+					return nil, svc.Forward(ctx, &podvmForwardServer{stream})
+				},
+				StreamingClient: true,
+				StreamingServer: true,
+			},
 		},
 	})
 }
@@ -109,6 +139,7 @@ type PodVMClient interface {
 	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
 	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
+	Forward(context.Context) (PodVM_ForwardClient, error)
 }
 
 type podvmClient struct {
@@ -211,4 +242,38 @@ func (c *podvmClient) RemoveVolume(ctx context.Context, req *RemoveVolumeRequest
 		return nil, err
 	}
 	return &resp, nil
+}
+
+func (c *podvmClient) Forward(ctx context.Context) (PodVM_ForwardClient, error) {
+	stream, err := c.client.NewStream(ctx, &ttrpc.StreamDesc{
+		StreamingClient: true,
+		StreamingServer: true,
+	}, "peerpod.podvm.v1.PodVM", "Forward", nil)
+	if err != nil {
+		return nil, err
+	}
+	x := &podvmForwardClient{stream}
+	return x, nil
+}
+
+type PodVM_ForwardClient interface {
+	Send(*ForwardFrame) error
+	Recv() (*ForwardFrame, error)
+	ttrpc.ClientStream
+}
+
+type podvmForwardClient struct {
+	ttrpc.ClientStream
+}
+
+func (x *podvmForwardClient) Send(m *ForwardFrame) error {
+	return x.ClientStream.SendMsg(m)
+}
+
+func (x *podvmForwardClient) Recv() (*ForwardFrame, error) {
+	m := new(ForwardFrame)
+	if err := x.ClientStream.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
 }

@@ -4,15 +4,20 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 
 	"github.com/containerd/errdefs"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/forward"
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/caa/sandbox"
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/netns"
+	"github.com/kata-remote/kata-remote/netns/loopback"
 	"github.com/kata-remote/kata-remote/netns/vxlan"
 )
 
@@ -67,7 +72,14 @@ func (nodeNetwork) Ensure(ctx context.Context, t sandbox.NodeTunnel) error {
 	if err != nil {
 		return err
 	}
-	return vxlan.EnsureNode(ctx, v)
+	if err := vxlan.EnsureNode(ctx, v); err != nil {
+		return err
+	}
+	if err := loopback.Ensure(ctx, t.NetNS, forward.Port); err != nil {
+		// A kernel without NAT: the pod lacks `kubectl port-forward` and nothing else.
+		slog.Warn("port-forward to this pod will not work", logkey.Error, err)
+	}
+	return nil
 }
 
 func (nodeNetwork) Remove(ctx context.Context, t sandbox.NodeTunnel) error {
@@ -75,7 +87,7 @@ func (nodeNetwork) Remove(ctx context.Context, t sandbox.NodeTunnel) error {
 	if err != nil {
 		return err
 	}
-	return vxlan.RemoveNode(ctx, v)
+	return errors.Join(vxlan.RemoveNode(ctx, v), loopback.Remove(ctx, t.NetNS))
 }
 
 func nodeTunnel(t sandbox.NodeTunnel) (vxlan.NodeTunnel, error) {

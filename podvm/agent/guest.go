@@ -46,7 +46,7 @@ func (s *service) GetGuestDetails(_ context.Context, req *agentpb.GuestDetailsRe
 		InitDaemon:      os.Getpid() == 1,
 		SupportsSeccomp: seccomp.Enabled,
 		StorageHandlers: storageDriverNames(),
-		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause), string(extension.Volumes)},
+		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause), string(extension.Volumes), string(extension.Forward)},
 	}
 	r := &agentpb.GuestDetailsResponse{AgentDetails: d}
 	if req.MemBlockSize {

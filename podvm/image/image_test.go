@@ -115,7 +115,7 @@ func TestResolve(t *testing.T) {
 
 func TestSoftDependency(t *testing.T) {
 	info := parseModinfo([]byte("depends=a,b\x00softdep=pre: c d post: e\x00softdep=post: f\x00alias=x\x00"))
-	if d := cmp.Diff(modinfo{deps: []string{"a", "b"}, softPre: []string{"c", "d"}}, info, cmp.AllowUnexported(modinfo{})); d != "" {
+	if d := cmp.Diff(modinfo{deps: []string{"a", "b"}, softPre: []string{"c", "d"}, aliases: []string{"x"}}, info, cmp.AllowUnexported(modinfo{})); d != "" {
 		t.Error(d)
 	}
 }

@@ -23,7 +23,7 @@ var epoch = time.Unix(0, 0)
 
 // directories of the initramfs. The mount points among them are what podvmd mounts
 // on; the others are what containers and libraries expect of any Linux.
-var directories = []string{"dev", "etc", "etc/ssl", "etc/ssl/certs", "lib", "lib/modules", "proc", "run", "sys", "tmp", "var"}
+var directories = []string{"dev", "etc", "etc/ssl", "etc/ssl/certs", "lib", "lib/modules", "proc", "run", "sbin", "sys", "tmp", "var"}
 
 // authoritiesFile is where crypto/x509 looks first.
 const authoritiesFile = "etc/ssl/certs/ca-certificates.crt"
@@ -44,13 +44,20 @@ func writeInitramfs(w io.Writer, c contents) error {
 		a.dir(d)
 	}
 	a.file("init", 0o755, func() ([]byte, error) { return os.ReadFile(c.podvmd) })
+	a.link(kmod.RequestPath[1:], "/init")
 	if c.authorities != "" {
 		a.file(authoritiesFile, 0o644, func() ([]byte, error) { return readAuthorities(c.authorities) })
 	}
+	var aliases []kmod.Alias
 	list := make([]kmod.Module, 0, len(c.modules))
 	for _, m := range c.modules {
 		entry := kmod.Module{Name: m.Name, File: m.Name + ".ko", When: m.When, Deps: m.Deps}
 		list = append(list, entry)
+		if m.When == kmod.Demand {
+			for _, name := range m.Aliases {
+				aliases = append(aliases, kmod.Alias{Pattern: name, Module: m.Name})
+			}
+		}
 		a.file(path.Join(kmod.Dir[1:], entry.File), 0o644, func() ([]byte, error) {
 			b, err := os.ReadFile(m.Path)
 			if err != nil || c.signed {
@@ -62,6 +69,11 @@ func writeInitramfs(w io.Writer, c contents) error {
 	a.file(kmod.ListFile[1:], 0o644, func() ([]byte, error) {
 		var b bytes.Buffer
 		err := kmod.WriteList(&b, list)
+		return b.Bytes(), err
+	})
+	a.file(kmod.AliasFile[1:], 0o644, func() ([]byte, error) {
+		var b bytes.Buffer
+		err := kmod.WriteAliases(&b, aliases)
 		return b.Bytes(), err
 	})
 	if a.err != nil {
@@ -103,6 +115,10 @@ func (a *archive) file(name string, mode cpio.FileMode, read func() ([]byte, err
 		return
 	}
 	a.add(&cpio.Header{Name: name, Mode: cpio.TypeReg | mode, Size: int64(len(data)), Links: 1}, data)
+}
+
+func (a *archive) link(name, target string) {
+	a.add(&cpio.Header{Name: name, Mode: cpio.TypeSymlink | 0o777, Size: int64(len(target)), Links: 1}, []byte(target))
 }
 
 func (a *archive) add(h *cpio.Header, data []byte) {

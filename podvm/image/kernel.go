@@ -26,7 +26,9 @@ type Module struct {
 	Name string   // with underscores, as in /proc/modules
 	Path string   // of the .ko file
 	Deps []string // names of the modules that must be loaded before, built-in ones left out
-	When string   // the bus without which the module is of no use; empty: always load
+	When string   // as in Want
+	// Aliases are the other names under which the kernel may ask for it.
+	Aliases []string
 }
 
 // OpenKernel reads what is in an unpacked kernel package: exactly one
@@ -97,7 +99,8 @@ func (k *Kernel) Resolve(want []Want) ([]Module, error) {
 // Want is a module the image is to have.
 type Want struct {
 	Name string
-	// When names the bus the module drives: "pci", "mmio", or empty; or is kmod.Late.
+	// When names the bus the module drives: "pci", "mmio", or empty; or is kmod.Late
+	// or kmod.Demand.
 	When string
 	// Optional modules may be missing from the package.
 	Optional bool
@@ -140,7 +143,7 @@ func (r *resolver) visit(name, when string, chain []string) error {
 		return fmt.Errorf("module %s: %w", name, err)
 	}
 	r.state[name] = visiting
-	m := Module{Name: name, Path: path, When: when}
+	m := Module{Name: name, Path: path, When: when, Aliases: info.aliases}
 	for _, dep := range info.deps {
 		if err := r.visit(dep, when, append(chain, name)); err != nil {
 			return err
@@ -180,7 +183,7 @@ func (r *resolver) widen(i int, when string) {
 	}
 }
 
-type modinfo struct{ deps, softPre []string }
+type modinfo struct{ deps, softPre, aliases []string }
 
 // readModinfo reads a module's .modinfo section: NUL-terminated key=value strings.
 func readModinfo(path string) (modinfo, error) {
@@ -210,6 +213,8 @@ func parseModinfo(data []byte) modinfo {
 		switch key {
 		case "depends":
 			info.deps = strings.FieldsFunc(value, func(r rune) bool { return r == ',' })
+		case "alias":
+			info.aliases = append(info.aliases, value)
 		case "softdep":
 			info.softPre = append(info.softPre, softPre(value)...)
 		}

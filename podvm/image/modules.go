@@ -19,4 +19,9 @@ var wanted = []Want{
 	// libcontainer shows a container podvmd's file through a read-only overlay; without
 	// it makes a copy for each process.
 	{Name: "overlay", When: kmod.Late},
+	// What a privileged container, or one with NET_ADMIN, may ask the kernel for.
+	{Name: "bridge", When: kmod.Demand},
+	{Name: "veth", When: kmod.Demand},
+	{Name: "tun", When: kmod.Demand},
+	{Name: "fuse", When: kmod.Demand},
 }

@@ -33,7 +33,7 @@ const Late = "late"
 type Module struct {
 	Name string   // as in /proc/modules
 	File string   // below Dir
-	When string   // bus without which it is of no use: "pci" or "mmio"; or Late; empty: always
+	When string   // bus without which it is of no use: "pci" or "mmio"; or Late or Demand; empty: always
 	Deps []string // modules to be loaded before
 }
 
@@ -94,7 +94,7 @@ type Loading struct {
 //
 // cmdline is the kernel command line, whose "module.name=value" words the kernel
 // keeps for built-in modules only. Modules whose condition is Late are left to
-// LoadLate. The caller calls Wait.
+// LoadLate, those whose condition is Demand to the kernel. The caller calls Wait.
 func Load(ctx context.Context, dir string, list []Module, cmdline string) *Loading {
 	return load(ctx, list, loader{dir: dir, params: moduleParams(cmdline), insert: finitModule, has: hasBus})
 }
@@ -118,7 +118,7 @@ func load(ctx context.Context, list []Module, ld loader) *Loading {
 	go func() {
 		defer close(l.ended)
 		for _, m := range list {
-			if m.When == Late {
+			if m.When == Late || m.When == Demand {
 				continue
 			}
 			if l.err = ctx.Err(); l.err != nil {

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,6 +28,7 @@ import (
 	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/ttrpc"
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -465,5 +467,9 @@ func TestInfo(t *testing.T) {
 	}
 	if err != nil || r.Name != runtimeName {
 		t.Errorf("%v, %v", &r, err)
+	}
+	var f features.Features
+	if err := json.Unmarshal(r.GetFeatures().GetValue(), &f); err != nil || !slices.Contains(f.MountOptions, "rro") || f.Linux == nil {
+		t.Errorf("features %s: %v", r.Features, err)
 	}
 }

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
@@ -123,14 +122,4 @@ func showPanic(bundle string, w io.Writer) {
 		f.Seek(-panicMax, io.SeekEnd)
 	}
 	io.Copy(w, io.LimitReader(f, panicMax))
-}
-
-// Info writes what containerd asks with -info.
-func Info(stdout io.Writer, name, version string) error {
-	b, err := proto.Marshal(&types.RuntimeInfo{Name: name, Version: &types.RuntimeVersion{Version: version}})
-	if err != nil {
-		return err
-	}
-	_, err = stdout.Write(b)
-	return err
 }

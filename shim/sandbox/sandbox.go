@@ -264,6 +264,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	}
 	s.wg.Go(func() { s.watchOOM(conn) })
 	s.wg.Go(func() { s.keepTime(conn, first) })
+	s.wg.Go(func() { s.forwardPorts(spc, conn, d.GetAgentDetails().GetExtraFeatures()) })
 	s.wg.Go(func() {
 		select {
 		case <-conn.Dead():

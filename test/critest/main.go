@@ -153,6 +153,10 @@ func one(ctx context.Context, o options, name string, ex exclusions) (out outcom
 	if out.Version, out.Runc, err = versions(ctx, bed); err != nil {
 		return out, err
 	}
+	// What stays with the first pod of a node, as its bridge does, is not a pod's.
+	if err := firstPod(ctx, bed); err != nil {
+		return out, err
+	}
 	before, err := e2e.TakeSnapshot()
 	if err != nil {
 		return out, err
@@ -179,6 +183,15 @@ func one(ctx context.Context, o options, name string, ex exclusions) (out outcom
 		out.Problems = append(out.Problems, err.Error())
 	}
 	return out, ctx.Err()
+}
+
+// firstPod runs and removes an ordinary pod.
+func firstPod(ctx context.Context, bed *testbed.Bed) error {
+	p, err := e2e.RunPod(ctx, bed, "first", "", nil)
+	if err != nil {
+		return fmt.Errorf("the node's first pod: %w", err)
+	}
+	return p.Remove(ctx)
 }
 
 // goneWithin bounds the wait for the last machines' deletion, which goes on in the

@@ -42,6 +42,7 @@ func (s *Scenario) networkChecks() []Check {
 		{"HTTP from the runc pod to the pod", func(ctx context.Context) (string, error) { return get(ctx, s.plainApp, s.pod.IP, "80") }},
 		{"HTTP from the pod to the runc pod", func(ctx context.Context) (string, error) { return get(ctx, s.app, s.plain.IP, "80") }},
 		{"HTTP from the pod to a server on the node", s.checkNodeServer},
+		{"port-forward to a server on the pod's own loopback", s.checkPortForward},
 		{"all of it went through the tunnel, and nothing left the pod VM another way", s.checkCapture},
 	}
 }

@@ -10,6 +10,8 @@
 // agent-protocol-forwarder (docs/interop.md):
 //
 //	podvmd -pod-namespace /run/netns/podns -kata-agent-socket /run/kata-containers/agent.sock
+//
+// In the image it is also /sbin/modprobe: it loads what the kernel asks for.
 package main
 
 import (
@@ -25,12 +27,14 @@ import (
 
 	"github.com/kata-remote/kata-remote/podvm/agent"
 	"github.com/kata-remote/kata-remote/podvm/boot"
+	"github.com/kata-remote/kata-remote/podvm/kmod"
 )
 
 // version is set with -ldflags '-X main.version=...'.
 var version = "devel"
 
 func main() {
+	kmod.RequestMain(os.Args)
 	agent.Init()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	slog.SetDefault(log)
