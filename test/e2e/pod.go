@@ -100,6 +100,11 @@ func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Contain
 	return p.run(ctx, name, nil, command...)
 }
 
+// RunImage is Run with an image of the node by its name.
+func (p *Pod) RunImage(ctx context.Context, name, image string, command ...string) (*Container, error) {
+	return p.runImage(ctx, name, image, nil, command...)
+}
+
 // Mount is a folder or file of the node in a container, as the kubelet asks for it.
 type Mount struct {
 	HostPath      string `json:"host_path"`
@@ -109,11 +114,15 @@ type Mount struct {
 
 // run is Run with mounts.
 func (p *Pod) run(ctx context.Context, name string, mounts []Mount, command ...string) (*Container, error) {
+	return p.runImage(ctx, name, testbed.BusyboxImage, mounts, command...)
+}
+
+func (p *Pod) runImage(ctx context.Context, name, image string, mounts []Mount, command ...string) (*Container, error) {
 	c := &Container{pod: p, log: filepath.Join(p.Logs, name+".log")}
 	file := filepath.Join(podConfigs, p.Name+"-"+name+".json")
 	if err := writeJSON(file, map[string]any{
 		"metadata": map[string]any{"name": name},
-		"image":    map[string]any{"image": testbed.BusyboxImage},
+		"image":    map[string]any{"image": image},
 		"command":  command,
 		"log_path": name + ".log",
 		"linux":    p.linux,

@@ -17,6 +17,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
@@ -144,6 +145,34 @@ func (b *Bed) importArchive(ctx context.Context, archive string) error {
 	}
 	_, err := Run(ctx, b.program("ctr"), append(args, archive)...)
 	return err
+}
+
+// Push puts the image into the registry that Ref names, and returns its digest.
+func (i Image) Push(ctx context.Context, options ...remote.Option) (v1.Hash, error) {
+	img, err := i.build()
+	if err != nil {
+		return v1.Hash{}, err
+	}
+	ref, err := name.ParseReference(i.Ref)
+	if err != nil {
+		return v1.Hash{}, err
+	}
+	if err := remote.Write(ref, img, append(options, remote.WithContext(ctx))...); err != nil {
+		return v1.Hash{}, fmt.Errorf("push %s: %w", i.Ref, err)
+	}
+	return img.Digest()
+}
+
+// Tag gives an image on the node another name, which may have a digest, and waits
+// until CRI knows it.
+func (b *Bed) Tag(ctx context.Context, from, to string) error {
+	if _, err := Run(ctx, b.program("ctr"), "-a", ContainerdSocket, "-n", "k8s.io", "images", "tag", "--force", from, to); err != nil {
+		return err
+	}
+	return Poll(ctx, func(ctx context.Context) error {
+		_, err := b.Crictl(ctx, "inspecti", "-q", to)
+		return err
+	})
 }
 
 // build makes the image of one layer. Of files of the same name the last one counts,
