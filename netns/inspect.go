@@ -3,6 +3,7 @@
 package netns
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,16 +18,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Inspect reads the interfaces of the pod's namespace at path as the CNI left them:
-// every one that has an address of its own, except lo and devices of ours. The one
-// that carries the default route comes first (IPv4's before IPv6's), the others
-// follow in the order of their index. Interfaces without an address, such as the
-// sit0 or tunl0 that some kernels put into every namespace, are no part of the pod's
-// network and are left out.
+// Inspect reads the network of the pod's namespace at path as the CNI left it: every
+// interface that has an address of its own, except lo and devices of ours, and the
+// routing rules. Interfaces without an address, such as the sit0 or tunl0 that some
+// kernels put into every namespace, are no part of the pod's network and are left out;
+// so are rules with selectors or actions that Rule does not have.
 //
 // NotFound: nothing at path. InvalidArgument: not a network namespace, or no
 // interface, or no address.
-func Inspect(ctx context.Context, path string) ([]Interface, error) {
+func Inspect(ctx context.Context, path string) (*Pod, error) {
 	h, err := Open(ctx, path)
 	if err != nil {
 		return nil, err
@@ -37,6 +37,7 @@ func Inspect(ctx context.Context, path string) ([]Interface, error) {
 		return nil, fmt.Errorf("list interfaces of %s: %w", path, err)
 	}
 	slices.SortFunc(links, func(a, b netlink.Link) int { return a.Attrs().Index - b.Attrs().Index })
+	pod := &Pod{}
 	var found []inspected
 	candidates := 0
 	for _, l := range links {
@@ -49,9 +50,15 @@ func Inspect(ctx context.Context, path string) ([]Interface, error) {
 		if err != nil {
 			return nil, fmt.Errorf("inspect %s in %s: %w", a.Name, path, err)
 		}
-		if len(one.Addrs) > 0 {
-			found = append(found, one)
+		if len(one.Addrs) == 0 {
+			pod.LeftOut = append(pod.LeftOut, fmt.Sprintf("interface %s (%s): it has no address", a.Name, l.Type()))
+			continue
 		}
+		if on := stackedOn(l, found); on != "" {
+			return nil, fmt.Errorf("interface %s in %s is a %s on %s in the same namespace: its frames would be carried with those of %s and never reach it; give it a parent outside the pod: %w",
+				a.Name, path, l.Type(), on, on, errdefs.ErrInvalidArgument)
+		}
+		found = append(found, one)
 	}
 	if candidates == 0 {
 		return nil, fmt.Errorf("network namespace %s has no interface besides lo, was the CNI run?: %w", path, errdefs.ErrInvalidArgument)
@@ -60,17 +67,37 @@ func Inspect(ctx context.Context, path string) ([]Interface, error) {
 		return nil, fmt.Errorf("no interface in network namespace %s has an address, was the CNI run?: %w", path, errdefs.ErrInvalidArgument)
 	}
 	slices.SortStableFunc(found, func(a, b inspected) int { return a.rank() - b.rank() })
-	out := make([]Interface, len(found))
 	for i := range found {
-		out[i] = found[i].Interface
+		pod.Interfaces = append(pod.Interfaces, found[i].Interface)
 	}
-	return out, nil
+	if err := pod.inspectRules(h); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return pod, nil
 }
 
 // inspected is an interface and which default routes it carries.
 type inspected struct {
 	Interface
+	index              int
 	default4, default6 bool
+}
+
+// stackedOn names the one of the interfaces below l that shares l's namespace, "" if
+// none does. A parent is always older, and so has the smaller index.
+func stackedOn(l netlink.Link, below []inspected) string {
+	switch l.Type() {
+	case "macvlan", "macvtap", "ipvlan", "ipvtap", "vlan":
+	default:
+		return "" // of a veth it is the peer
+	}
+	a := l.Attrs()
+	for _, b := range below {
+		if a.NetNsID < 0 && a.ParentIndex == b.index {
+			return b.Name
+		}
+	}
+	return ""
 }
 
 func (i inspected) rank() int {
@@ -85,7 +112,7 @@ func (i inspected) rank() int {
 
 func inspectLink(h *netlink.Handle, l netlink.Link) (inspected, error) {
 	a := l.Attrs()
-	one := inspected{Interface: Interface{Name: a.Name, HWAddr: slices.Clone(a.HardwareAddr), MTU: a.MTU}}
+	one := inspected{index: a.Index, Interface: Interface{Name: a.Name, HWAddr: slices.Clone(a.HardwareAddr), MTU: a.MTU}}
 	for _, family := range families {
 		addrs, err := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(l, family) })
 		if err != nil {
@@ -110,7 +137,9 @@ func inspectLink(h *netlink.Handle, l netlink.Link) (inspected, error) {
 			}
 		}
 	}
-	slices.SortStableFunc(one.Routes, func(a, b Route) int { return b2i(a.Gateway.IsValid()) - b2i(b.Gateway.IsValid()) })
+	slices.SortStableFunc(one.Routes, func(a, b Route) int {
+		return cmp.Or(b2i(a.Gateway.IsValid())-b2i(b.Gateway.IsValid()), b2i(a.Table != 0)-b2i(b.Table != 0))
+	})
 	return one, nil
 }
 
@@ -121,7 +150,7 @@ func (i *inspected) inspectRoutes(h *netlink.Handle, l netlink.Link, family int)
 	}
 	i.Routes = append(i.Routes, routes...)
 	for _, r := range routes {
-		if r.Dst.Bits() == 0 {
+		if r.Dst.Bits() == 0 && r.Table == 0 {
 			i.default4 = i.default4 || family == unix.AF_INET
 			i.default6 = i.default6 || family == unix.AF_INET6
 		}
@@ -129,14 +158,14 @@ func (i *inspected) inspectRoutes(h *netlink.Handle, l netlink.Link, family int)
 	return nil
 }
 
-// ListRoutes returns the unicast routes of table main that leave through l, without
-// the kernel's own for link-local IPv6, which follow from the interface being up.
+// ListRoutes returns the unicast routes that leave through l, of every table but local,
+// without the kernel's own for link-local IPv6, which follow from the interface being up.
 // Of a multipath route the hop through l is returned as if it were the only one.
 // family is AF_INET or AF_INET6.
 func ListRoutes(h *netlink.Handle, l netlink.Link, family int) ([]Route, error) {
 	index := l.Attrs().Index
 	routes, err := retryDump(func() ([]netlink.Route, error) {
-		return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST},
+		return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_UNICAST},
 			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
 	})
 	if err != nil {
@@ -144,6 +173,9 @@ func ListRoutes(h *netlink.Handle, l netlink.Link, family int) ([]Route, error) 
 	}
 	var out []Route
 	for _, r := range routes {
+		if r.Table == unix.RT_TABLE_LOCAL {
+			continue
+		}
 		hop, ok := hopThrough(r, index)
 		if !ok {
 			continue
@@ -153,7 +185,13 @@ func ListRoutes(h *netlink.Handle, l netlink.Link, family int) ([]Route, error) 
 		if !known || !valid || (linkLocal6(dst.Addr()) && protocol == "kernel") {
 			continue
 		}
-		route := Route{Dst: dst, Protocol: protocol, Scope: scopeNames[int(r.Scope)]}
+		route := Route{Dst: dst, Protocol: protocol, Scope: scopeNames[int(r.Scope)], Metric: r.Priority, Table: r.Table}
+		if family == unix.AF_INET6 && r.Priority == defaultMetric6 {
+			route.Metric = 0
+		}
+		if r.Table == unix.RT_TABLE_MAIN {
+			route.Table = 0
+		}
 		if gw, ok := netip.AddrFromSlice(hop); ok {
 			route.Gateway = gw.Unmap()
 		}
@@ -164,6 +202,9 @@ func ListRoutes(h *netlink.Handle, l netlink.Link, family int) ([]Route, error) 
 	}
 	return out, nil
 }
+
+// defaultMetric6 is what the kernel gives an IPv6 route without a metric (IP6_RT_PRIO_USER).
+const defaultMetric6 = 1024
 
 // hopThrough returns the gateway (nil: on link) by which r leaves through the
 // interface with the given index.

@@ -22,6 +22,24 @@ import (
 // devices out.
 const LinkGroup = 0x70706f64 // "ppod"
 
+// RuleProtocol marks the routing rules and routes that this project makes in a pod's
+// namespace on the node; no routing daemon uses it (iproute2 6.1, rt_protos). Inspect
+// leaves them out.
+const RuleProtocol = 0x70
+
+// Pod is the network of a pod's namespace.
+type Pod struct {
+	// Interfaces are those with an address, at least one. The one that carries the
+	// default route comes first (IPv4's before IPv6's), the others follow in the
+	// order of their index.
+	Interfaces []Interface
+	// Rules are the routing rules besides the kernel's own, in order.
+	Rules []Rule
+	// LeftOut names, each with its reason, what is in the namespace and not above,
+	// for a log.
+	LeftOut []string
+}
+
 // Interface is one interface of a pod, with everything that must be made again in
 // the pod VM.
 type Interface struct {
@@ -31,13 +49,14 @@ type Interface struct {
 	MTU int
 	// Addrs are the pod's addresses, IPv4 first; link-local IPv6 ones are left out.
 	Addrs []netip.Prefix
-	// Routes of table main that leave through this interface, gateway-less first.
+	// Routes of every table that leave through this interface, gateway-less first, and
+	// of those alike table main's first.
 	Routes []Route
 	// Neighbors are the permanent entries only.
 	Neighbors []Neighbor
 }
 
-// Route is one unicast route of table main.
+// Route is one unicast route.
 type Route struct {
 	// Dst is the destination; a default route has length 0.
 	Dst netip.Prefix
@@ -50,6 +69,22 @@ type Route struct {
 	// Scope is one of universe, site, link, host, nowhere; empty lets the kernel's
 	// custom decide: link without a gateway, else universe. IPv6 has universe only.
 	Scope string
+	// Metric is the priority, 0 for the kernel's default: 0 for IPv4, 1024 for IPv6.
+	Metric int
+	// Table is 0 for table main.
+	Table int
+}
+
+// Rule is one routing rule that leads to a table. Selectors that are zero match all.
+type Rule struct {
+	IPv6     bool
+	Priority int
+	Src, Dst netip.Prefix
+	// IIF and OIF are names of interfaces.
+	IIF, OIF string
+	// Mark is compared under Mask; with Mask 0 there is no such selector.
+	Mark, Mask uint32
+	Table      int
 }
 
 // Neighbor is one permanent neighbour entry.

@@ -167,11 +167,11 @@ func TestInspectEmpty(t *testing.T) {
 	}
 }
 
-// TestInspect: two interfaces, the one with the default route first though it was
-// made second; addresses, routes by protocol and scope, permanent neighbours; nothing
-// of lo, of devices of ours, of link-local IPv6 or of other tables.
-func TestInspect(t *testing.T) {
-	ns, far := nstest.New(t, "pod"), nstest.New(t, "far")
+// inspected is a namespace with a bit of everything, and the MAC address of its gateway.
+func inspected(t *testing.T) (ns *nstest.NS, gw net.HardwareAddr) {
+	t.Helper()
+	ns = nstest.New(t, "pod")
+	far := nstest.New(t, "far")
 	ns.Veth("net1", far, "b")
 	ns.Veth("eth0", far, "a")
 	ns.MTU("eth0", 1400)
@@ -185,7 +185,7 @@ func TestInspect(t *testing.T) {
 	index := ns.Link("eth0").Attrs().Index
 	_, dst, _ := net.ParseCIDR("10.77.0.0/16")
 	for _, r := range []*netlink.Route{
-		{Dst: dst, LinkIndex: index, Gw: net.IPv4(10, 1, 2, 9), Protocol: unix.RTPROT_STATIC, Src: net.IPv4(10, 1, 2, 4)},
+		{Dst: dst, LinkIndex: index, Gw: net.IPv4(10, 1, 2, 9), Protocol: unix.RTPROT_STATIC, Src: net.IPv4(10, 1, 2, 4), Priority: 5},
 		{Dst: dst, LinkIndex: index, Gw: net.IPv4(10, 1, 2, 8), Protocol: unix.RTPROT_BOOT, Table: 77},
 		{Dst: dst, LinkIndex: index, Gw: net.IPv4(10, 1, 2, 7), Protocol: unix.RTPROT_BGP, Priority: 9},
 	} {
@@ -193,7 +193,7 @@ func TestInspect(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	gw := net.HardwareAddr{2, 0, 0, 0, 0, 1}
+	gw = net.HardwareAddr{2, 0, 0, 0, 0, 1}
 	for ip, state := range map[string]int{"169.254.1.1": netlink.NUD_PERMANENT, "10.1.2.7": netlink.NUD_REACHABLE, "fd01::1": netlink.NUD_PERMANENT} {
 		if err := ns.Handle.NeighAdd(&netlink.Neigh{LinkIndex: index, State: state, IP: net.ParseIP(ip), HardwareAddr: gw}); err != nil {
 			t.Fatal(err)
@@ -205,21 +205,48 @@ func TestInspect(t *testing.T) {
 		t.Fatal(err)
 	}
 	ns.Addr("ppvx1", "10.66.0.1/24")
+	ns.Veth("far0", far, "c")
+	for _, r := range []netns.Rule{
+		{Priority: 100, Src: prefix("10.1.2.4/32"), IIF: "lo", Mark: 0x10, Mask: 0xff, Table: 77},
+		{IPv6: true, Priority: 101, Dst: prefix("fd77::/64"), OIF: "eth0", Table: 78},
+		{Priority: 103, IIF: "far0", Table: 79},
+	} {
+		if err := ns.Handle.RuleAdd(r.Kernel()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inverted := netns.Rule{Priority: 102, Src: prefix("10.9.0.0/16"), Table: 80}.Kernel()
+	inverted.Invert = true
+	mine := netns.Rule{Priority: 104, Table: 81}.Kernel()
+	mine.Protocol = netns.RuleProtocol
+	for _, r := range []*netlink.Rule{inverted, mine} {
+		if err := ns.Handle.RuleAdd(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return ns, gw
+}
 
+// TestInspect: two interfaces, the one with the default route first though it was
+// made second; addresses, routes by protocol and scope, permanent neighbours; nothing
+// of lo, of devices of ours, of link-local IPv6 or of routing daemons; the rules.
+func TestInspect(t *testing.T) {
+	ns, gw := inspected(t)
 	got, err := netns.Inspect(t.Context(), ns.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []netns.Interface{{
+	want := &netns.Pod{Interfaces: []netns.Interface{{
 		Name: "eth0", MTU: 1400, HWAddr: ns.Link("eth0").Attrs().HardwareAddr,
 		Addrs: []netip.Prefix{prefix("10.1.2.3/24"), prefix("10.1.2.4/32"), prefix("fd01::3/64")},
 		Routes: []netns.Route{
 			{Dst: prefix("10.1.2.0/24"), Src: addr("10.1.2.3"), Protocol: "kernel", Scope: "link"},
 			{Dst: prefix("169.254.1.1/32"), Protocol: "boot", Scope: "link"},
-			{Dst: prefix("fd01::/64"), Protocol: "kernel", Scope: "universe"},
+			{Dst: prefix("fd01::/64"), Protocol: "kernel", Scope: "universe", Metric: 256},
 			{Dst: prefix("0.0.0.0/0"), Gateway: addr("169.254.1.1"), Protocol: "boot", Scope: "universe"},
-			{Dst: prefix("10.77.0.0/16"), Gateway: addr("10.1.2.9"), Src: addr("10.1.2.4"), Protocol: "static", Scope: "universe"},
+			{Dst: prefix("10.77.0.0/16"), Gateway: addr("10.1.2.9"), Src: addr("10.1.2.4"), Protocol: "static", Scope: "universe", Metric: 5},
 			{Dst: prefix("::/0"), Gateway: addr("fd01::1"), Protocol: "boot", Scope: "universe"},
+			{Dst: prefix("10.77.0.0/16"), Gateway: addr("10.1.2.8"), Protocol: "boot", Scope: "universe", Table: 77},
 		},
 		Neighbors: []netns.Neighbor{
 			{IP: addr("169.254.1.1"), HWAddr: gw, State: "permanent"},
@@ -229,6 +256,13 @@ func TestInspect(t *testing.T) {
 		Name: "net1", MTU: 1500, HWAddr: ns.Link("net1").Attrs().HardwareAddr,
 		Addrs:  []netip.Prefix{prefix("192.168.7.2/24")},
 		Routes: []netns.Route{{Dst: prefix("192.168.7.0/24"), Src: addr("192.168.7.2"), Protocol: "kernel", Scope: "link"}},
+	}}, Rules: []netns.Rule{
+		{Priority: 100, Src: prefix("10.1.2.4/32"), IIF: "lo", Mark: 0x10, Mask: 0xff, Table: 77},
+		{IPv6: true, Priority: 101, Dst: prefix("fd77::/64"), OIF: "eth0", Table: 78},
+	}, LeftOut: []string{
+		"interface far0 (veth): it has no address",
+		"routing rule 102: only from, to, iif, oif and fwmark to a table can be carried into a VM",
+		"routing rule 103: it selects interface far0, which is left out",
 	}}
 	if d := cmp.Diff(want, got, compareIP); d != "" {
 		t.Errorf("(-want +got):\n%s", d)
@@ -276,5 +310,23 @@ func TestDefaultRoute(t *testing.T) {
 			t.Fatal(err)
 		}
 		check(r.want, r.mtu)
+	}
+}
+
+// TestInspectStacked: an interface above another of the same namespace would get nothing.
+func TestInspectStacked(t *testing.T) {
+	ns, far := nstest.New(t, "pod"), nstest.New(t, "far")
+	ns.Veth("eth0", far, "a")
+	ns.Addr("eth0", "10.1.2.3/24")
+	far.Macvlan("a", ns, "net1")
+	ns.Addr("net1", "10.2.2.3/24")
+	if got, err := netns.Inspect(t.Context(), ns.Path); err != nil || len(got.Interfaces) != 2 {
+		t.Errorf("a macvlan on a parent outside: %+v, %v", got, err)
+	}
+	ns.Macvlan("eth0", ns, "net2")
+	ns.Addr("net2", "10.3.2.3/24")
+	_, err := netns.Inspect(t.Context(), ns.Path)
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "net2") || !strings.Contains(err.Error(), "eth0") {
+		t.Errorf("a macvlan on an interface of the pod: %v, want InvalidArgument that names both", err)
 	}
 }

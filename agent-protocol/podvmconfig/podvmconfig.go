@@ -57,6 +57,12 @@ type Config struct {
 	TLSServerCert string `json:"tls-server-cert,omitempty"`
 	TLSClientCA   string `json:"tls-client-ca,omitempty"`
 
+	// Ours: the networks of the pod's further interfaces, each with a VXLAN id of its
+	// own. A stock forwarder makes the first one alone.
+	MorePodNetworks []PodNetwork `json:"more-pod-networks,omitempty"`
+	// Ours: the routing rules of the pod besides the kernel's own.
+	Rules []Rule `json:"rules,omitempty"`
+
 	// Ours: id of the sandbox, for the guest's logs.
 	SandboxID string `json:"sandbox-id,omitempty"`
 	// Ours: unix socket of a stock kata-agent that the forwarder fronts. Empty:
@@ -91,6 +97,17 @@ type PodNetwork struct {
 	// Ours: every address of the interface when it has more than PodIP, PodIP
 	// first.
 	PodIPs []netip.Prefix `json:"podips,omitempty"`
+	// Ours: routes of other tables than main. They stand apart because a stock forwarder
+	// puts all it reads in Routes into table main.
+	TableRoutes []Route `json:"table-routes,omitempty"`
+}
+
+// Networks are those of all the pod's interfaces; the first is PodNetwork.
+func (c *Config) Networks() []PodNetwork {
+	if c.PodNetwork == nil {
+		return nil
+	}
+	return append([]PodNetwork{*c.PodNetwork}, c.MorePodNetworks...)
 }
 
 // Addrs are all the pod's addresses, PodIP first.
@@ -108,6 +125,23 @@ type Route struct {
 	Dev      string `json:"dev"`
 	Protocol string `json:"protocol,omitempty"` // static, boot, dhcp or kernel
 	Scope    string `json:"scope,omitempty"`    // universe, site, link, host or nowhere
+
+	Src    string `json:"src,omitempty"`    // ours: preferred source address
+	Metric int    `json:"metric,omitempty"` // ours: 0 is the kernel's default
+	Table  int    `json:"table,omitempty"`  // ours: 0 is main
+}
+
+// Rule is one routing rule of the pod. Selectors that are absent match all.
+type Rule struct {
+	IPv6     bool   `json:"ipv6,omitempty"`
+	Priority int    `json:"priority"`
+	From     string `json:"from,omitempty"` // prefix
+	To       string `json:"to,omitempty"`   // prefix
+	IIF      string `json:"iif,omitempty"`
+	OIF      string `json:"oif,omitempty"`
+	Mark     uint32 `json:"fwmark,omitempty"`
+	Mask     uint32 `json:"fwmask,omitempty"` // 0: no such selector
+	Table    int    `json:"table"`
 }
 
 // Neighbor is one permanent neighbour entry of the pod.
@@ -145,30 +179,50 @@ func (c *Config) Validate() error {
 			bad("%s is missing: the forwarder serves nobody it cannot authenticate", s.key)
 		}
 	}
-	n := c.PodNetwork
-	if n == nil {
+	if c.PodNetwork == nil {
 		bad("pod-network is missing")
 		return errors.Join(errs...)
 	}
+	c.PodNetwork.validate("pod-network", bad)
+	names, vnis := map[string]bool{c.PodNetwork.Interface: true}, map[uint32]bool{c.PodNetwork.VXLANID: true}
+	for i := range c.MorePodNetworks {
+		n, key := &c.MorePodNetworks[i], MoreKey(i)
+		n.validate(key, bad)
+		if names[n.Interface] {
+			bad("%s.interface %q is that of another network", key, n.Interface)
+		}
+		if vnis[n.VXLANID] {
+			bad("%s.vxlan-id %d is that of another network", key, n.VXLANID)
+		}
+		names[n.Interface], vnis[n.VXLANID] = true, true
+	}
+	return errors.Join(errs...)
+}
+
+// MoreKey is the key of the i-th of MorePodNetworks, for errors.
+func MoreKey(i int) string { return fmt.Sprintf("more-pod-networks[%d]", i) }
+
+// validate tells bad what is wrong with the network at key.
+func (n *PodNetwork) validate(key string, problem func(format string, a ...any)) {
+	bad := func(format string, a ...any) { problem(key+format, a...) }
 	for _, p := range n.Addrs() {
 		if !p.IsValid() {
-			bad("pod-network.podip is missing or not an address with a prefix length")
+			bad(".podip is missing or not an address with a prefix length")
 		}
 	}
 	if !n.WorkerNodeIP.IsValid() {
-		bad("pod-network.worker-node-ip is missing or not an address with a prefix length")
+		bad(".worker-node-ip is missing or not an address with a prefix length")
 	}
 	if n.TunnelType != TunnelVXLAN {
-		bad("pod-network.tunnel-type is %q, want %q", n.TunnelType, TunnelVXLAN)
+		bad(".tunnel-type is %q, want %q", n.TunnelType, TunnelVXLAN)
 	}
 	if n.Interface == "" {
-		bad("pod-network.interface is missing")
+		bad(".interface is missing")
 	}
 	if n.VXLANPort == 0 {
-		bad("pod-network.vxlan-port is missing")
+		bad(".vxlan-port is missing")
 	}
 	if n.VXLANID == 0 || n.VXLANID >= 1<<24 {
-		bad("pod-network.vxlan-id is %d, want 1 to %d", n.VXLANID, 1<<24-1)
+		bad(".vxlan-id is %d, want 1 to %d", n.VXLANID, 1<<24-1)
 	}
-	return errors.Join(errs...)
 }

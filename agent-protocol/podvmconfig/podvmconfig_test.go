@@ -66,6 +66,46 @@ func TestStockDocument(t *testing.T) {
 	}
 }
 
+// TestFurtherNetworks: what only we write keeps the stock part as it is.
+func TestFurtherNetworks(t *testing.T) {
+	ours := strings.Replace(stock, `"pod-namespace"`, `"more-pod-networks": [{
+    "podip": "10.9.0.5/16", "podips": ["10.9.0.5/16", "fd09::5/64"], "pod-hw-addr": "32:b9:59:6b:f0:d6", "interface": "net1",
+    "worker-node-ip": "10.224.0.5/16", "tunnel-type": "vxlan", "mtu": 9000, "vxlan-port": 4789, "vxlan-id": 555003,
+    "table-routes": [{"dst":"0.0.0.0/0","gw":"10.9.0.1","dev":"net1","table":100}]
+  }], "rules": [{"priority":100,"from":"10.9.0.5/32","table":100}], "pod-namespace"`, 1)
+	c, err := Parse([]byte(ours))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := Parse([]byte(stock))
+	if err != nil {
+		t.Fatal(err)
+	}
+	same := cmpopts.EquateComparable(netip.Prefix{})
+	if d := cmp.Diff(plain.PodNetwork, c.PodNetwork, same); d != "" {
+		t.Errorf("the first network (-stock +ours):\n%s", d)
+	}
+	all := c.Networks()
+	if len(all) != 2 || all[0].Interface != "eth0" || all[1].VXLANID != 555003 || all[1].TableRoutes[0].Table != 100 || c.Rules[0].Table != 100 {
+		t.Errorf("networks %+v, rules %+v", all, c.Rules)
+	}
+	if len(plain.Networks()) != 1 {
+		t.Errorf("a stock document has %d networks", len(plain.Networks()))
+	}
+	for name, tc := range map[string]struct{ old, new, want string }{
+		"same interface": {`"net1",
+    "worker`, `"eth0",
+    "worker`, "more-pod-networks[0].interface"},
+		"same VNI":   {`555003`, `555002`, "more-pod-networks[0].vxlan-id"},
+		"no address": {`"podips": ["10.9.0.5/16", "fd09::5/64"]`, `"podips": [""]`, "more-pod-networks[0].podip"},
+	} {
+		_, err := Parse([]byte(strings.Replace(ours, tc.old, tc.new, 1)))
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: error = %v, want %q in it", name, err, tc.want)
+		}
+	}
+}
+
 func TestWrongDocumentsNameTheKey(t *testing.T) {
 	for name, tc := range map[string]struct{ old, new, want string }{
 		"not JSON":         {`{`, `[`, Path},

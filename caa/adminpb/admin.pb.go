@@ -127,9 +127,9 @@ type Sandbox struct {
 	InstanceName    string                 `protobuf:"bytes,9,opt,name=instance_name,json=instanceName,proto3" json:"instance_name,omitempty"`
 	InstanceId      string                 `protobuf:"bytes,10,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"` // "" until it is known
 	Address         string                 `protobuf:"bytes,11,opt,name=address,proto3" json:"address,omitempty"`                         // "" until it is known
-	Vni             uint32                 `protobuf:"varint,12,opt,name=vni,proto3" json:"vni,omitempty"`
+	Vni             uint32                 `protobuf:"varint,12,opt,name=vni,proto3" json:"vni,omitempty"`                                // of the first tunnel
 	VxlanPort       uint32                 `protobuf:"varint,13,opt,name=vxlan_port,json=vxlanPort,proto3" json:"vxlan_port,omitempty"`
-	TunnelDevice    string                 `protobuf:"bytes,14,opt,name=tunnel_device,json=tunnelDevice,proto3" json:"tunnel_device,omitempty"`
+	TunnelDevice    string                 `protobuf:"bytes,14,opt,name=tunnel_device,json=tunnelDevice,proto3" json:"tunnel_device,omitempty"` // of the first tunnel
 	CreatedUnixNano int64                  `protobuf:"varint,15,opt,name=created_unix_nano,json=createdUnixNano,proto3" json:"created_unix_nano,omitempty"`
 	ChangedUnixNano int64                  `protobuf:"varint,16,opt,name=changed_unix_nano,json=changedUnixNano,proto3" json:"changed_unix_nano,omitempty"` // when state last changed
 	LeaseUnixNano   int64                  `protobuf:"varint,17,opt,name=lease_unix_nano,json=leaseUnixNano,proto3" json:"lease_unix_nano,omitempty"`       // 0: none
@@ -138,6 +138,7 @@ type Sandbox struct {
 	Vcpus           uint32                 `protobuf:"varint,20,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib       uint32                 `protobuf:"varint,21,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	InstanceType    string                 `protobuf:"bytes,22,opt,name=instance_type,json=instanceType,proto3" json:"instance_type,omitempty"`
+	Tunnels         []*Tunnel              `protobuf:"bytes,23,rep,name=tunnels,proto3" json:"tunnels,omitempty"` // one for each interface of the pod
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -326,6 +327,73 @@ func (x *Sandbox) GetInstanceType() string {
 	return ""
 }
 
+func (x *Sandbox) GetTunnels() []*Tunnel {
+	if x != nil {
+		return x.Tunnels
+	}
+	return nil
+}
+
+type Tunnel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"` // in the pod
+	Device        string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`       // in the pod's network namespace on the node
+	Vni           uint32                 `protobuf:"varint,3,opt,name=vni,proto3" json:"vni,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tunnel) Reset() {
+	*x = Tunnel{}
+	mi := &file_caa_adminpb_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tunnel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tunnel) ProtoMessage() {}
+
+func (x *Tunnel) ProtoReflect() protoreflect.Message {
+	mi := &file_caa_adminpb_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tunnel.ProtoReflect.Descriptor instead.
+func (*Tunnel) Descriptor() ([]byte, []int) {
+	return file_caa_adminpb_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Tunnel) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Tunnel) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *Tunnel) GetVni() uint32 {
+	if x != nil {
+		return x.Vni
+	}
+	return 0
+}
+
 type Step struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -336,7 +404,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_caa_adminpb_admin_proto_msgTypes[3]
+	mi := &file_caa_adminpb_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -348,7 +416,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_caa_adminpb_admin_proto_msgTypes[3]
+	mi := &file_caa_adminpb_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -361,7 +429,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_caa_adminpb_admin_proto_rawDescGZIP(), []int{3}
+	return file_caa_adminpb_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Step) GetName() string {
@@ -386,7 +454,7 @@ const file_caa_adminpb_admin_proto_rawDesc = "" +
 	"\x14ListSandboxesRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"R\n" +
 	"\x15ListSandboxesResponse\x129\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x1b.peerpod.adaptor.v1.SandboxR\tsandboxes\"\xbe\x05\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x1b.peerpod.adaptor.v1.SandboxR\tsandboxes\"\xf4\x05\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x16\n" +
@@ -413,7 +481,12 @@ const file_caa_adminpb_admin_proto_rawDesc = "" +
 	"\x05vcpus\x18\x14 \x01(\rR\x05vcpus\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\x15 \x01(\rR\tmemoryMib\x12#\n" +
-	"\rinstance_type\x18\x16 \x01(\tR\finstanceType\">\n" +
+	"\rinstance_type\x18\x16 \x01(\tR\finstanceType\x124\n" +
+	"\atunnels\x18\x17 \x03(\v2\x1a.peerpod.adaptor.v1.TunnelR\atunnels\"P\n" +
+	"\x06Tunnel\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x16\n" +
+	"\x06device\x18\x02 \x01(\tR\x06device\x12\x10\n" +
+	"\x03vni\x18\x03 \x01(\rR\x03vni\">\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\"\n" +
 	"\fmilliseconds\x18\x02 \x01(\x01R\fmilliseconds2m\n" +
@@ -432,23 +505,25 @@ func file_caa_adminpb_admin_proto_rawDescGZIP() []byte {
 	return file_caa_adminpb_admin_proto_rawDescData
 }
 
-var file_caa_adminpb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_caa_adminpb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_caa_adminpb_admin_proto_goTypes = []any{
 	(*ListSandboxesRequest)(nil),  // 0: peerpod.adaptor.v1.ListSandboxesRequest
 	(*ListSandboxesResponse)(nil), // 1: peerpod.adaptor.v1.ListSandboxesResponse
 	(*Sandbox)(nil),               // 2: peerpod.adaptor.v1.Sandbox
-	(*Step)(nil),                  // 3: peerpod.adaptor.v1.Step
+	(*Tunnel)(nil),                // 3: peerpod.adaptor.v1.Tunnel
+	(*Step)(nil),                  // 4: peerpod.adaptor.v1.Step
 }
 var file_caa_adminpb_admin_proto_depIdxs = []int32{
 	2, // 0: peerpod.adaptor.v1.ListSandboxesResponse.sandboxes:type_name -> peerpod.adaptor.v1.Sandbox
-	3, // 1: peerpod.adaptor.v1.Sandbox.steps:type_name -> peerpod.adaptor.v1.Step
-	0, // 2: peerpod.adaptor.v1.Admin.ListSandboxes:input_type -> peerpod.adaptor.v1.ListSandboxesRequest
-	1, // 3: peerpod.adaptor.v1.Admin.ListSandboxes:output_type -> peerpod.adaptor.v1.ListSandboxesResponse
-	3, // [3:4] is the sub-list for method output_type
-	2, // [2:3] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	4, // 1: peerpod.adaptor.v1.Sandbox.steps:type_name -> peerpod.adaptor.v1.Step
+	3, // 2: peerpod.adaptor.v1.Sandbox.tunnels:type_name -> peerpod.adaptor.v1.Tunnel
+	0, // 3: peerpod.adaptor.v1.Admin.ListSandboxes:input_type -> peerpod.adaptor.v1.ListSandboxesRequest
+	1, // 4: peerpod.adaptor.v1.Admin.ListSandboxes:output_type -> peerpod.adaptor.v1.ListSandboxesResponse
+	4, // [4:5] is the sub-list for method output_type
+	3, // [3:4] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_caa_adminpb_admin_proto_init() }
@@ -462,7 +537,7 @@ func file_caa_adminpb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_caa_adminpb_admin_proto_rawDesc), len(file_caa_adminpb_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

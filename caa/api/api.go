@@ -149,9 +149,14 @@ func view(i sandbox.Info) *adminpb.Sandbox {
 		PodNamespace: i.Pod.Namespace, PodName: i.Pod.Name, Netns: i.NetNS, AgentSocket: i.AgentSocket,
 		Provider: i.Instance.Provider, InstanceName: i.Instance.Name, InstanceId: string(i.Instance.ID),
 		InstanceType: i.Instance.Plan.Type, Vcpus: uint32(i.Instance.Plan.VCPUs), MemoryMib: uint32(i.Instance.Plan.MemoryMiB),
-		Vni: i.Tunnel.VNI, VxlanPort: uint32(i.Tunnel.Port), TunnelDevice: i.Tunnel.Device,
 		CreatedUnixNano: i.Created.UnixNano(), ChangedUnixNano: i.Changed.UnixNano(),
 		Connections: int32(i.Connections),
+	}
+	for _, t := range i.Tunnels {
+		v.Tunnels = append(v.Tunnels, &adminpb.Tunnel{Interface: t.Pod.Interface, Device: t.Device, Vni: t.VNI})
+	}
+	if len(i.Tunnels) > 0 {
+		v.Vni, v.VxlanPort, v.TunnelDevice = i.Tunnels[0].VNI, uint32(i.Tunnels[0].Port), i.Tunnels[0].Device
 	}
 	if i.Instance.Addr.IsValid() {
 		v.Address = i.Instance.Addr.String()

@@ -44,9 +44,9 @@ type Daemon struct {
 
 // network is what package sandbox needs of the node's network.
 type network interface {
-	Inspect(context.Context, string) (podNetwork, error)
-	Ensure(context.Context, sandbox.NodeTunnel) error
-	Remove(context.Context, sandbox.NodeTunnel) error
+	Inspect(context.Context, string) (sandbox.PodNetworks, error)
+	Ensure(context.Context, sandbox.NodeTunnels) error
+	Remove(context.Context, sandbox.NodeTunnels) error
 }
 
 // announcer is implemented by providers that have something to find out, and to say,

@@ -25,6 +25,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/hypervisorpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/agent-protocol/relay"
 	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/caa/adminpb"
@@ -56,24 +57,30 @@ type stubNetwork struct {
 	tunnels map[string]bool // by device; guarded by mu
 }
 
-func (n *stubNetwork) Inspect(_ context.Context, path string) (podNetwork, error) {
+func (n *stubNetwork) Inspect(_ context.Context, path string) (sandbox.PodNetworks, error) {
 	if _, err := os.Stat(path); err != nil {
-		return podNetwork{}, errdefs.ErrNotFound.WithMessage("network namespace " + path + " does not exist")
+		return sandbox.PodNetworks{}, errdefs.ErrNotFound.WithMessage("network namespace " + path + " does not exist")
 	}
-	return podNetwork{PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500}, nil
+	return sandbox.PodNetworks{Interfaces: []podvmconfig.PodNetwork{
+		{PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500},
+	}}, nil
 }
 
-func (n *stubNetwork) Ensure(_ context.Context, t sandbox.NodeTunnel) error {
+func (n *stubNetwork) Ensure(_ context.Context, pod sandbox.NodeTunnels) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.tunnels[t.Device] = true
+	for _, t := range pod.Tunnels {
+		n.tunnels[t.Device] = true
+	}
 	return nil
 }
 
-func (n *stubNetwork) Remove(_ context.Context, t sandbox.NodeTunnel) error {
+func (n *stubNetwork) Remove(_ context.Context, pod sandbox.NodeTunnels) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	delete(n.tunnels, t.Device)
+	for _, t := range pod.Tunnels {
+		delete(n.tunnels, t.Device)
+	}
 	return nil
 }
 

@@ -3,11 +3,13 @@
 package daemon
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/caa/sandbox"
@@ -45,9 +48,10 @@ func TestNodeNetwork(t *testing.T) {
 	}
 }
 
-func nodeNetworkInside(t *testing.T) {
-	node := nstest.Open(t, "/proc/self/ns/net")
-	pod := nstest.New(t, "pod")
+// twoNetworks is what CNIs leave: eth0 with the default routes, net1 with a table of its
+// own, and net2 without an address.
+func twoNetworks(t *testing.T, node, pod *nstest.NS) {
+	t.Helper()
 	node.Up("lo")
 	node.Bridge("cni0")
 	node.Addr("cni0", "10.30.0.1/24", "fd30::1/64")
@@ -56,12 +60,39 @@ func nodeNetworkInside(t *testing.T) {
 	pod.Route("0.0.0.0/0", "10.30.0.1", "eth0")
 	pod.Route("::/0", "fd30::1", "eth0")
 	pod.MTU("eth0", 1400)
+	node.Bridge("lan")
+	node.Plug("lan", pod, "net1")
+	pod.Addr("net1", "10.40.0.5/24")
+	node.Plug("lan", pod, "net2") // no address
+	if err := pod.Handle.RuleAdd((netns.Rule{Priority: 100, Src: netip.MustParsePrefix("10.40.0.5/32"), Table: 100}).Kernel()); err != nil {
+		t.Fatal(err)
+	}
+	_, all, _ := net.ParseCIDR("0.0.0.0/0")
+	if err := pod.Handle.RouteAdd(&netlink.Route{Dst: all, Gw: net.IPv4(10, 40, 0, 1), Table: 100, LinkIndex: pod.Link("net1").Attrs().Index}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nodeNetworkInside(t *testing.T) {
+	node := nstest.Open(t, "/proc/self/ns/net")
+	pod := nstest.New(t, "pod")
+	twoNetworks(t, node, pod)
 
 	var n nodeNetwork
-	got, err := n.Inspect(t.Context(), pod.Path)
+	found, err := n.Inspect(t.Context(), pod.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(found.Interfaces) != 2 || len(found.LeftOut) != 1 || !strings.Contains(found.LeftOut[0], "net2") {
+		t.Fatalf("Inspect = %+v", found)
+	}
+	if more := found.Interfaces[1]; more.Interface != "net1" || more.PodIP.String() != "10.40.0.5/24" || len(more.TableRoutes) != 1 || more.TableRoutes[0].Table != 100 {
+		t.Errorf("Inspect = %+v", more)
+	}
+	if want := []podvmconfig.Rule{{Priority: 100, From: "10.40.0.5/32", Table: 100}}; !slices.Equal(found.Rules, want) {
+		t.Errorf("rules %+v, want %+v", found.Rules, want)
+	}
+	got := found.Interfaces[0]
 	if got.PodIP != netip.MustParsePrefix("10.30.0.5/24") || len(got.PodIPs) != 2 || got.Interface != "eth0" || got.MTU != 1400 ||
 		got.PodHWAddr != pod.Link("eth0").Attrs().HardwareAddr.String() {
 		t.Errorf("Inspect = %+v", got)
@@ -82,17 +113,20 @@ func nodeNetworkInside(t *testing.T) {
 	// The kernel makes IPv6's local routes a moment after the address.
 	until(t, "the address's own route", func() bool { return strings.Contains(pod.Snapshot(), "Dst: fd30::5/128") })
 	before := pod.Snapshot()
-	tun := sandbox.NodeTunnel{
-		Tunnel: store.Tunnel{VNI: 555000, Port: 9000, Device: "ppvx555000", Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500, Pod: got},
-		NetNS:  pod.Path, Remote: netip.MustParseAddr("127.0.0.2"),
+	tun := sandbox.NodeTunnels{NetNS: pod.Path, Remote: netip.MustParseAddr("127.0.0.2")}
+	for i, one := range found.Interfaces {
+		tun.Tunnels = append(tun.Tunnels, store.Tunnel{VNI: 555000 + uint32(i), Port: 9000, Device: fmt.Sprintf("ppvx55500%d", i),
+			Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500, Pod: one})
 	}
 	for range 2 {
 		if err := n.Ensure(t.Context(), tun); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if pod.Link("ppvx555000") == nil {
-		t.Error("no device")
+	for dev, mtu := range map[string]int{"ppvx555000": 1400, "ppvx555001": 1450} {
+		if got := pod.Link(dev).Attrs().MTU; got != mtu {
+			t.Errorf("%s has MTU %d, want %d", dev, got, mtu)
+		}
 	}
 	for range 2 {
 		if err := n.Remove(t.Context(), tun); err != nil {
@@ -123,7 +157,7 @@ func TestDescribe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := podNetwork{
+	want := podvmconfig.PodNetwork{
 		PodIP: netip.MustParsePrefix("10.0.0.5/32"), PodHWAddr: "02:00:00:00:00:01", Interface: "eth0", MTU: 1450,
 		Routes: []podvmconfig.Route{
 			{Dst: "169.254.1.1/32", Dev: "eth0", Protocol: "boot", Scope: "link"},

@@ -21,24 +21,45 @@ import (
 	"github.com/kata-remote/kata-remote/netns/vxlan"
 )
 
-type podNetwork = podvmconfig.PodNetwork
-
 // nodeNetwork is the kernel's network on this node, in the words of the records.
 type nodeNetwork struct{}
 
-// Inspect reads the pod's network. One interface is carried into the VM: the one
-// with the default route, as the peer pods of others have it.
-func (nodeNetwork) Inspect(ctx context.Context, path string) (podNetwork, error) {
-	ifaces, err := netns.Inspect(ctx, path)
+// Inspect reads the pod's network, every interface of it that has an address.
+func (nodeNetwork) Inspect(ctx context.Context, path string) (sandbox.PodNetworks, error) {
+	pod, err := netns.Inspect(ctx, path)
 	if err != nil {
-		return podNetwork{}, err
+		return sandbox.PodNetworks{}, err
 	}
-	return describe(ifaces[0])
+	out := sandbox.PodNetworks{LeftOut: pod.LeftOut}
+	for _, i := range pod.Interfaces {
+		n, err := describe(i)
+		if err != nil {
+			return out, err
+		}
+		out.Interfaces = append(out.Interfaces, n)
+	}
+	for _, r := range pod.Rules {
+		out.Rules = append(out.Rules, podvmconfig.Rule{
+			IPv6: r.IPv6, Priority: r.Priority, From: text(r.Src), To: text(r.Dst), IIF: r.IIF, OIF: r.OIF, Mark: r.Mark, Mask: r.Mask, Table: r.Table,
+		})
+	}
+	return out, nil
+}
+
+// text is an address or prefix as text, "" for none.
+func text[T interface {
+	IsValid() bool
+	String() string
+}](v T) string {
+	if !v.IsValid() {
+		return ""
+	}
+	return v.String()
 }
 
 // describe puts an interface in the words of apf.json.
-func describe(i netns.Interface) (podNetwork, error) {
-	n := podNetwork{
+func describe(i netns.Interface) (podvmconfig.PodNetwork, error) {
+	n := podvmconfig.PodNetwork{
 		PodIP: i.Addrs[0], PodHWAddr: i.HWAddr.String(), Interface: i.Name, MTU: i.MTU,
 		Routes: []podvmconfig.Route{}, Neighbors: []podvmconfig.Neighbor{},
 	}
@@ -50,14 +71,18 @@ func describe(i netns.Interface) (podNetwork, error) {
 			"interface %s has no hardware address, and only Ethernet can be carried into a VM", i.Name))
 	}
 	for _, r := range i.Routes {
-		route := podvmconfig.Route{Dst: r.Dst.String(), Dev: i.Name, Protocol: r.Protocol, Scope: r.Scope}
-		if r.Gateway.IsValid() {
-			route.GW = r.Gateway.String()
+		route := podvmconfig.Route{
+			Dst: r.Dst.String(), GW: text(r.Gateway), Dev: i.Name, Protocol: r.Protocol, Scope: r.Scope,
+			Src: text(r.Src), Metric: r.Metric, Table: r.Table,
 		}
 		if r.Protocol == "ra" {
 			route.Protocol = "static" // a stock forwarder takes static, boot, dhcp and kernel
 		}
-		n.Routes = append(n.Routes, route)
+		if r.Table == 0 {
+			n.Routes = append(n.Routes, route)
+		} else {
+			n.TableRoutes = append(n.TableRoutes, route)
+		}
 	}
 	for _, nb := range i.Neighbors {
 		n.Neighbors = append(n.Neighbors, podvmconfig.Neighbor{
@@ -67,12 +92,12 @@ func describe(i netns.Interface) (podNetwork, error) {
 	return n, nil
 }
 
-func (nodeNetwork) Ensure(ctx context.Context, t sandbox.NodeTunnel) error {
-	v, err := nodeTunnel(t)
+func (nodeNetwork) Ensure(ctx context.Context, t sandbox.NodeTunnels) error {
+	v, err := nodeTunnels(t)
 	if err != nil {
 		return err
 	}
-	if err := vxlan.EnsureNode(ctx, v); err != nil {
+	if err := vxlan.EnsureNode(ctx, v...); err != nil {
 		return err
 	}
 	if err := loopback.Ensure(ctx, t.NetNS, forward.Port); err != nil {
@@ -82,25 +107,29 @@ func (nodeNetwork) Ensure(ctx context.Context, t sandbox.NodeTunnel) error {
 	return nil
 }
 
-func (nodeNetwork) Remove(ctx context.Context, t sandbox.NodeTunnel) error {
-	v, err := nodeTunnel(t)
+func (nodeNetwork) Remove(ctx context.Context, t sandbox.NodeTunnels) error {
+	v, err := nodeTunnels(t)
 	if err != nil {
 		return err
 	}
-	return errors.Join(vxlan.RemoveNode(ctx, v), loopback.Remove(ctx, t.NetNS))
+	return errors.Join(vxlan.RemoveNode(ctx, v...), loopback.Remove(ctx, t.NetNS))
 }
 
-func nodeTunnel(t sandbox.NodeTunnel) (vxlan.NodeTunnel, error) {
-	hw, err := net.ParseMAC(t.Pod.PodHWAddr)
-	if err != nil {
-		return vxlan.NodeTunnel{}, fmt.Errorf("hardware address of the pod: %w", err)
+func nodeTunnels(pod sandbox.NodeTunnels) ([]vxlan.NodeTunnel, error) {
+	var out []vxlan.NodeTunnel
+	for _, t := range pod.Tunnels {
+		hw, err := net.ParseMAC(t.Pod.PodHWAddr)
+		if err != nil {
+			return nil, fmt.Errorf("hardware address of the pod's %s: %w", t.Pod.Interface, err)
+		}
+		out = append(out, vxlan.NodeTunnel{
+			NetNS: pod.NetNS, Device: t.Device, VNI: t.VNI, Port: t.Port,
+			Local: t.Local.Addr(), Remote: pod.Remote,
+			MTU:          vxlan.CarriedMTU(t.Pod.MTU, t.MTU, pod.Remote, t.Pod.Addrs()),
+			PodInterface: t.Pod.Interface, PodAddrs: t.Pod.Addrs(), PodHWAddr: hw,
+		})
 	}
-	return vxlan.NodeTunnel{
-		NetNS: t.NetNS, Device: t.Device, VNI: t.VNI, Port: t.Port,
-		Local: t.Local.Addr(), Remote: t.Remote,
-		MTU:          min(t.Pod.MTU, t.MTU-vxlan.Overhead(t.Remote)),
-		PodInterface: t.Pod.Interface, PodAddrs: t.Pod.Addrs(), PodHWAddr: hw,
-	}, nil
+	return out, nil
 }
 
 // defaultUnderlay is this node's address on the interface of its default route.

@@ -57,21 +57,30 @@ type records interface {
 
 // network is what is done to pods' network namespaces on this node.
 type network interface {
-	// Inspect reads the pod's network as the CNI left it: addresses, hardware
-	// address, interface, routes, neighbours and MTU. NotFound: no such path.
+	// Inspect reads the pod's network as the CNI left it. NotFound: no such path.
 	// InvalidArgument: not a namespace, or one without network.
-	Inspect(ctx context.Context, netns string) (podvmconfig.PodNetwork, error)
-	// Ensure makes or repairs the node end of a tunnel.
-	Ensure(ctx context.Context, t NodeTunnel) error
-	// Remove removes it. What is absent is no error, the namespace included.
-	Remove(ctx context.Context, t NodeTunnel) error
+	Inspect(ctx context.Context, netns string) (PodNetworks, error)
+	// Ensure makes or repairs the node ends of all of a sandbox's tunnels.
+	Ensure(ctx context.Context, t NodeTunnels) error
+	// Remove removes them. What is absent is no error, the namespace included.
+	Remove(ctx context.Context, t NodeTunnels) error
 }
 
-// NodeTunnel is the node end of one sandbox's tunnel.
-type NodeTunnel struct {
-	store.Tunnel
-	NetNS  string
-	Remote netip.Addr // the pod VM
+// PodNetworks is the network of a pod.
+type PodNetworks struct {
+	// Interfaces, at least one, that with the default route first: addresses, hardware
+	// address, name, routes, neighbours and MTU.
+	Interfaces []podvmconfig.PodNetwork
+	Rules      []podvmconfig.Rule
+	// LeftOut says what else is there and why the VM does not get it.
+	LeftOut []string
+}
+
+// NodeTunnels are the node ends of one sandbox's tunnels.
+type NodeTunnels struct {
+	Tunnels []store.Tunnel
+	NetNS   string
+	Remote  netip.Addr // the pod VM
 }
 
 const (
@@ -403,28 +412,36 @@ func (m *Manager) agentSocket(id string) (string, error) {
 	return path, nil
 }
 
-// takeVNI reserves a VNI that no record holds. They are given out in turn, so that
-// one that was just freed rests as long as possible.
-func (m *Manager) takeVNI(id string) (uint32, error) {
+// takeVNIs reserves n VNIs that no record holds, or none. They are given out in turn, so
+// that one that was just freed rests as long as possible.
+func (m *Manager) takeVNIs(id string, n int) ([]uint32, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := maxVNI - m.cfg.VNIBase + 1
-	for range n {
+	var taken []uint32
+	for range maxVNI - m.cfg.VNIBase + 1 {
 		if m.lastVNI++; m.lastVNI > maxVNI || m.lastVNI < m.cfg.VNIBase {
 			m.lastVNI = m.cfg.VNIBase
 		}
-		if _, used := m.vnis[m.lastVNI]; !used {
-			m.vnis[m.lastVNI] = id
-			return m.lastVNI, nil
+		if _, used := m.vnis[m.lastVNI]; used {
+			continue
+		}
+		m.vnis[m.lastVNI] = id
+		if taken = append(taken, m.lastVNI); len(taken) == n {
+			return taken, nil
 		}
 	}
-	return 0, errdefs.ErrResourceExhausted.WithMessage(fmt.Sprintf("no VXLAN network identifier of %d to %d is free", m.cfg.VNIBase, maxVNI))
+	for _, vni := range taken {
+		delete(m.vnis, vni)
+	}
+	return nil, errdefs.ErrResourceExhausted.WithMessage(fmt.Sprintf("%d VXLAN network identifiers are wanted and of %d to %d fewer are free", n, m.cfg.VNIBase, maxVNI))
 }
 
-func (m *Manager) freeVNI(vni uint32) {
+func (m *Manager) freeVNIs(ts []store.Tunnel) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.vnis, vni)
+	for _, t := range ts {
+		delete(m.vnis, t.VNI)
+	}
 }
 
 // full is an error when the node has all the sandboxes it may have. Those being

@@ -49,8 +49,10 @@ func (m *Manager) Recover(ctx context.Context) error {
 	for _, rec := range records {
 		sb := m.newSandbox(rec)
 		m.sandboxes[rec.ID] = sb
-		m.vnis[rec.Tunnel.VNI] = rec.ID
-		m.lastVNI = max(m.lastVNI, rec.Tunnel.VNI)
+		for _, t := range rec.Tunnels {
+			m.vnis[t.VNI] = rec.ID
+			m.lastVNI = max(m.lastVNI, t.VNI)
+		}
 		all = append(all, sb)
 	}
 	m.mu.Unlock()
@@ -112,7 +114,7 @@ func (m *Manager) adopt(ctx context.Context, sb *Sandbox) error {
 	} else {
 		sb.log.Warn("the provider cannot tell how the instance is; the pod is kept", logkey.Instance, rec.Instance.ID, logkey.Error, err)
 	}
-	err = m.cfg.Network.Ensure(ctx, tunnelOf(rec))
+	err = m.cfg.Network.Ensure(ctx, tunnelsOf(rec))
 	switch {
 	case errdefs.IsNotFound(err):
 		return sb.undo("its network namespace " + rec.NetNS + " is gone")
@@ -147,7 +149,7 @@ func (m *Manager) repairOnce(sb *Sandbox) (done bool, err error) {
 	}
 	ctx, cancel := context.WithTimeout(m.run, checkTimeout)
 	defer cancel()
-	if err := m.cfg.Network.Ensure(ctx, tunnelOf(rec)); err != nil {
+	if err := m.cfg.Network.Ensure(ctx, tunnelsOf(rec)); err != nil {
 		return false, err
 	}
 	sb.log.Info("the tunnel is repaired")

@@ -103,7 +103,7 @@ func TestRestartRepairsTheTunnel(t *testing.T) {
 	w.until("the tunnel", func() bool {
 		w.network.mu.Lock()
 		defer w.network.mu.Unlock()
-		return len(w.network.tunnels) == 1
+		return len(w.network.tunnels) == 2
 	})
 }
 

@@ -58,11 +58,26 @@ func TestLife(t *testing.T) {
 	if cfg.PodName != "nginx" || cfg.PodNamespace != "default" || cfg.SandboxID != "s1" {
 		t.Errorf("the VM was told it is %s/%s, sandbox %s", cfg.PodNamespace, cfg.PodName, cfg.SandboxID)
 	}
-	if n := cfg.PodNetwork; n.VXLANID != rec.Tunnel.VNI || n.VXLANPort != 9000 || n.WorkerNodeIP != rec.Tunnel.Local || n.Interface != "eth0" || len(n.Routes) != 1 {
-		t.Errorf("the VM was told of the network: %+v", n)
+	told := cfg.Networks()
+	if len(told) != 2 || len(rec.Tunnels) != 2 || told[0].Interface != "eth0" || len(told[0].Routes) != 1 || told[1].Interface != "net1" || told[1].MTU != 9000 {
+		t.Fatalf("the VM was told of the networks: %+v", told)
 	}
-	if tun := w.network.tunnels[rec.Tunnel.Device]; tun.Remote != rec.Instance.Addr || tun.NetNS != rec.NetNS {
-		t.Errorf("tunnel %+v", tun)
+	if len(cfg.Rules) != 1 || cfg.Rules[0].From != "10.89.0.7/32" {
+		t.Errorf("the VM was told of the rules: %+v", cfg.Rules)
+	}
+	for i, own := range rec.Tunnels {
+		if n := told[i]; n.VXLANID != own.VNI || n.VXLANPort != 9000 || n.WorkerNodeIP != own.Local {
+			t.Errorf("the VM was told of network %d: %+v", i, n)
+		}
+		if tun := w.network.tunnels[own.Device]; tun.remote != rec.Instance.Addr || tun.netNS != rec.NetNS || tun.Pod.Interface != told[i].Interface {
+			t.Errorf("tunnel %+v", tun)
+		}
+	}
+	if rec.Tunnels[0].VNI == rec.Tunnels[1].VNI {
+		t.Errorf("both tunnels have VNI %d", rec.Tunnels[0].VNI)
+	}
+	if !strings.Contains(w.logged(), "tunl0") {
+		t.Error("the log does not say what was left out")
 	}
 	if err := a.Stop(t.Context(), "s1"); err != nil {
 		t.Fatal(err)
@@ -215,10 +230,12 @@ func TestVNIsAreUnique(t *testing.T) {
 	note := func() {
 		t.Helper()
 		for _, i := range a.Infos() {
-			if id, ok := seen[i.Tunnel.VNI]; ok && id != i.ID {
-				t.Errorf("VNI %d of %s was that of %s", i.Tunnel.VNI, i.ID, id)
+			for _, tun := range i.Tunnels {
+				if id, ok := seen[tun.VNI]; ok && id != i.ID {
+					t.Errorf("VNI %d of %s was that of %s", tun.VNI, i.ID, id)
+				}
+				seen[tun.VNI] = i.ID
 			}
-			seen[i.Tunnel.VNI] = i.ID
 		}
 	}
 	a.create("s1")
@@ -231,8 +248,8 @@ func TestVNIsAreUnique(t *testing.T) {
 	a = w.start()
 	a.create("s4")
 	note()
-	if len(seen) != 3 {
-		t.Errorf("VNIs %v, want three", seen)
+	if len(seen) != 6 {
+		t.Errorf("VNIs %v, want two each of three sandboxes", seen)
 	}
 }
 
@@ -247,6 +264,7 @@ func TestStepsAreUndone(t *testing.T) {
 		"create refused":    {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: errdefs.ErrPermissionDenied}) }, errdefs.IsPermissionDenied, "nginx"},
 		"create reply lost": {func(w *world) { w.cloud.Inject(sim.Fault{Op: sim.OpCreate, Err: io.ErrUnexpectedEOF, Committed: true}) }, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }, "nginx"},
 		"no tunnel":         {func(w *world) { w.network.fail = refused }, func(err error) bool { return errors.Is(err, refused) }, "tunnel of pod default/nginx"},
+		"no second tunnel":  {func(w *world) { w.network.fail, w.network.made = refused, 1 }, func(err error) bool { return errors.Is(err, refused) }, "tunnel of pod default/nginx"},
 		"VXLAN port in use": {func(w *world) { w.network.fail = fmt.Errorf("bring x up: %w", syscall.EADDRINUSE) }, errdefs.IsFailedPrecondition, "UDP port 9000 of this node is in use by another program: stop that program, or set VXLAN_PORT"},
 		"forwarder silent":  {func(w *world) { w.vms.Mute.Store(true); w.timeout = 100 * time.Millisecond }, errdefs.IsUnavailable, "PROXY_TIMEOUT (100ms)"},
 	} {

@@ -93,6 +93,10 @@ func (m *Manager) reserve(ctx context.Context, req Request, p parsed) (*Sandbox,
 	if err != nil {
 		return nil, fmt.Errorf("address of this node towards pod VMs: %w", err)
 	}
+	tunnels := make([]store.Tunnel, len(pod.Interfaces))
+	for i, n := range pod.Interfaces {
+		tunnels[i] = store.Tunnel{Port: m.cfg.VXLANPort, Local: underlay.Local, MTU: underlay.MTU, Pod: n}
+	}
 	name := instanceName(p.pod.Name, req.ID)
 	now := time.Now()
 	sb := m.newSandbox(store.Record{
@@ -102,11 +106,14 @@ func (m *Manager) reserve(ctx context.Context, req Request, p parsed) (*Sandbox,
 		Instance: store.Instance{
 			Provider: m.cfg.ProviderName, Owner: m.cfg.Owner, Name: name, Plan: plan,
 		},
-		Tunnel: store.Tunnel{Port: m.cfg.VXLANPort, Local: underlay.Local, MTU: underlay.MTU, Pod: pod},
-		TLS:    store.TLS{ServerName: name},
+		Tunnels: tunnels, Rules: pod.Rules,
+		TLS: store.TLS{ServerName: name},
 	})
+	for _, why := range pod.LeftOut {
+		sb.log.Warn("left out of the pod VM's network", "reason", why)
+	}
 	if err := m.perform(ctx, sb, m.steps[0]); err != nil {
-		m.freeVNI(sb.record().Tunnel.VNI)
+		m.freeVNIs(sb.record().Tunnels)
 		return nil, err
 	}
 	return sb, nil
@@ -120,20 +127,22 @@ func (m *Manager) doReserve(_ context.Context, sb *Sandbox) error {
 	if err := m.full(); err != nil {
 		return err
 	}
-	vni, err := m.takeVNI(sb.id)
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	vnis, err := m.takeVNIs(sb.id, len(sb.rec.Tunnels))
 	if err != nil {
 		return err
 	}
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
+	for i, vni := range vnis {
+		t := &sb.rec.Tunnels[i]                           // nobody else has the record yet
+		t.VNI, t.Device = vni, fmt.Sprintf("ppvx%d", vni) // at most 12 bytes; the kernel takes 15
+		t.Pod.WorkerNodeIP = t.Local
+		t.Pod.TunnelType = podvmconfig.TunnelVXLAN
+		t.Pod.VXLANPort, t.Pod.VXLANID = t.Port, vni
+		t.Pod.Index = int(vni - m.cfg.VNIBase)
+	}
 	var token [16]byte
 	rand.Read(token[:]) // never fails (crypto/rand, Go 1.24)
-	t := &sb.rec.Tunnel
-	t.VNI, t.Device = vni, fmt.Sprintf("ppvx%d", vni) // at most 12 bytes; the kernel takes 15
-	t.Pod.WorkerNodeIP = t.Local
-	t.Pod.TunnelType = podvmconfig.TunnelVXLAN
-	t.Pod.VXLANPort, t.Pod.VXLANID = t.Port, vni
-	t.Pod.Index = int(vni - m.cfg.VNIBase)
 	sb.rec.Instance.Token = hex.EncodeToString(token[:])
 	if err := sb.moveLocked(eventReserve, nil); err != nil {
 		return err
@@ -150,7 +159,7 @@ func (m *Manager) undoReserve(_ context.Context, sb *Sandbox) error {
 	if err := m.cfg.Records.Delete(rec.ID); err != nil {
 		return err
 	}
-	m.freeVNI(rec.Tunnel.VNI)
+	m.freeVNIs(rec.Tunnels)
 	m.mu.Lock()
 	delete(m.sandboxes, rec.ID)
 	delete(m.broken, rec.ID)
@@ -210,9 +219,16 @@ func (m *Manager) issue(sb *Sandbox) error {
 // userData is the cloud-config that tells the VM what it is.
 func (m *Manager) userData(rec store.Record, serverCert string, serverKey podvmconfig.Secret) ([]byte, error) {
 	cfg := podvmconfig.Config{
-		PodNetwork: &rec.Tunnel.Pod, PodNamespace: rec.Pod.Namespace, PodName: rec.Pod.Name,
+		Rules: rec.Rules, PodNamespace: rec.Pod.Namespace, PodName: rec.Pod.Name,
 		TLSServerKey: serverKey, TLSServerCert: serverCert, TLSClientCA: rec.TLS.CA,
 		SandboxID: rec.ID,
+	}
+	for i := range rec.Tunnels {
+		if i == 0 {
+			cfg.PodNetwork = &rec.Tunnels[i].Pod
+		} else {
+			cfg.MorePodNetworks = append(cfg.MorePodNetworks, rec.Tunnels[i].Pod)
+		}
 	}
 	files, err := m.cfg.Pull.tell(&cfg)
 	if err != nil {
@@ -293,20 +309,20 @@ func failed(inst cloud.Instance) error {
 	return errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("it is %s: %s", inst.State, detail))
 }
 
-func tunnelOf(rec store.Record) NodeTunnel {
-	return NodeTunnel{Tunnel: rec.Tunnel, NetNS: rec.NetNS, Remote: rec.Instance.Addr}
+func tunnelsOf(rec store.Record) NodeTunnels {
+	return NodeTunnels{Tunnels: rec.Tunnels, NetNS: rec.NetNS, Remote: rec.Instance.Addr}
 }
 
-// doTunnel makes the node end. The record has its device's name since reserve.
+// doTunnel makes the node ends. The record has their devices' names since reserve.
 func (m *Manager) doTunnel(ctx context.Context, sb *Sandbox) error {
 	rec := sb.record()
-	err := m.cfg.Network.Ensure(ctx, tunnelOf(rec))
+	err := m.cfg.Network.Ensure(ctx, tunnelsOf(rec))
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		// The kernel binds the port when the first device on it comes up.
 		return errdefs.ErrFailedPrecondition.WithMessage(fmt.Sprintf(
 			"tunnel of pod %s: UDP port %d of this node is in use by another program: stop that program, or set VXLAN_PORT to a free port",
-			rec.Pod, rec.Tunnel.Port))
+			rec.Pod, m.cfg.VXLANPort))
 	case err != nil:
 		return fmt.Errorf("tunnel of pod %s: %w", rec.Pod, err)
 	}
@@ -318,7 +334,7 @@ func (m *Manager) undoTunnel(ctx context.Context, sb *Sandbox) error {
 	if !rec.Instance.Addr.IsValid() {
 		return nil // it is made only when the address is on disk
 	}
-	if err := m.cfg.Network.Remove(ctx, tunnelOf(rec)); err != nil {
+	if err := m.cfg.Network.Remove(ctx, tunnelsOf(rec)); err != nil {
 		return fmt.Errorf("remove the tunnel: %w", err)
 	}
 	return nil

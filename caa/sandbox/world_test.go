@@ -64,7 +64,7 @@ func (w *world) logged() string {
 func newWorld(t testing.TB, cfg sim.Config) *world {
 	t.Helper()
 	w := &world{
-		t: t, vms: podvmtest.New(t), network: &fakeNetwork{tunnels: map[string]NodeTunnel{}, spaces: map[string]bool{}},
+		t: t, vms: podvmtest.New(t), network: &fakeNetwork{tunnels: map[string]fakeTunnel{}, spaces: map[string]bool{}},
 		log: new(bytes.Buffer), timeout: 20 * time.Second, lease: time.Hour, limit: -1,
 	}
 	// Socket paths must be short; t.TempDir's are not.
@@ -250,43 +250,61 @@ func check(t testing.TB, path string) error {
 type fakeNetwork struct {
 	mu      sync.Mutex
 	spaces  map[string]bool       // namespaces there are; guarded by mu
-	tunnels map[string]NodeTunnel // by device; guarded by mu
+	tunnels map[string]fakeTunnel // by device; guarded by mu
 	fail    error                 // what Ensure returns; guarded by mu
+	made    int                   // how many tunnels Ensure makes before it fails; guarded by mu
 }
 
-func (n *fakeNetwork) Inspect(_ context.Context, path string) (podvmconfig.PodNetwork, error) {
+// fakeTunnel is one node end.
+type fakeTunnel struct {
+	store.Tunnel
+	netNS  string
+	remote netip.Addr
+}
+
+func (n *fakeNetwork) Inspect(_ context.Context, path string) (PodNetworks, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if !n.spaces[path] {
-		return podvmconfig.PodNetwork{}, errdefs.ErrNotFound.WithMessage("network namespace " + path + " does not exist")
+		return PodNetworks{}, errdefs.ErrNotFound.WithMessage("network namespace " + path + " does not exist")
 	}
-	return podvmconfig.PodNetwork{
-		PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500,
-		Routes: []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.88.0.1", Dev: "eth0", Protocol: "boot", Scope: "universe"}},
+	return PodNetworks{
+		Interfaces: []podvmconfig.PodNetwork{{
+			PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500,
+			Routes: []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.88.0.1", Dev: "eth0", Protocol: "boot", Scope: "universe"}},
+		}, {
+			PodIP: netip.MustParsePrefix("10.89.0.7/16"), PodHWAddr: "02:00:00:00:01:07", Interface: "net1", MTU: 9000,
+		}},
+		Rules:   []podvmconfig.Rule{{Priority: 100, From: "10.89.0.7/32", Table: 100}},
+		LeftOut: []string{"interface tunl0 (ipip): it has no address"},
 	}, nil
 }
 
-func (n *fakeNetwork) Ensure(_ context.Context, t NodeTunnel) error {
+func (n *fakeNetwork) Ensure(_ context.Context, pod NodeTunnels) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.fail != nil {
-		return n.fail
-	}
-	if !n.spaces[t.NetNS] {
-		return errdefs.ErrNotFound.WithMessage("network namespace " + t.NetNS + " does not exist")
-	}
-	for dev, o := range n.tunnels {
-		if dev != t.Device && o.VNI == t.VNI {
-			return errdefs.ErrFailedPrecondition.WithMessage(fmt.Sprintf("VNI %d is in use by %s", t.VNI, dev))
+	for i, t := range pod.Tunnels {
+		if n.fail != nil && i == n.made {
+			return n.fail
 		}
+		if !n.spaces[pod.NetNS] {
+			return errdefs.ErrNotFound.WithMessage("network namespace " + pod.NetNS + " does not exist")
+		}
+		for dev, o := range n.tunnels {
+			if dev != t.Device && o.VNI == t.VNI {
+				return errdefs.ErrFailedPrecondition.WithMessage(fmt.Sprintf("VNI %d is in use by %s", t.VNI, dev))
+			}
+		}
+		n.tunnels[t.Device] = fakeTunnel{t, pod.NetNS, pod.Remote}
 	}
-	n.tunnels[t.Device] = t
 	return nil
 }
 
-func (n *fakeNetwork) Remove(_ context.Context, t NodeTunnel) error {
+func (n *fakeNetwork) Remove(_ context.Context, pod NodeTunnels) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	delete(n.tunnels, t.Device)
+	for _, t := range pod.Tunnels {
+		delete(n.tunnels, t.Device)
+	}
 	return nil
 }

@@ -41,9 +41,12 @@ type Record struct {
 	AgentSocket string `json:"agent_socket"`
 
 	Instance Instance `json:"instance"`
-	Tunnel   Tunnel   `json:"tunnel"`
-	TLS      TLS      `json:"tls"`
-	Steps    []Step   `json:"steps,omitempty"` // those done, in order
+	// Tunnels are those of the pod's interfaces, one each; the first is that of the
+	// default route. Rules are the pod's routing rules.
+	Tunnels []Tunnel           `json:"tunnels,omitempty"`
+	Rules   []podvmconfig.Rule `json:"rules,omitempty"`
+	TLS     TLS                `json:"tls"`
+	Steps   []Step             `json:"steps,omitempty"` // those done, in order
 }
 
 // Pod names the pod as its users know it.
@@ -74,7 +77,7 @@ type Instance struct {
 	Addr  netip.Addr       `json:"addr,omitzero"`
 }
 
-// Tunnel is the node end of the pod's tunnel, and the network it carries.
+// Tunnel is the node end of one of the pod's tunnels, and the network it carries.
 type Tunnel struct {
 	VNI    uint32       `json:"vni"`
 	Port   uint16       `json:"port"`
@@ -82,7 +85,7 @@ type Tunnel struct {
 	Local  netip.Prefix `json:"local"` // node end of the underlay
 	MTU    int          `json:"mtu"`   // of the underlay, bytes
 
-	// Pod is the pod's network as the CNI left it, as the guest is told.
+	// Pod is the interface's network as the CNI left it, as the guest is told.
 	Pod podvmconfig.PodNetwork `json:"pod"`
 }
 
@@ -104,12 +107,16 @@ type Step struct {
 
 // LogValue shows what identifies the sandbox and nothing that is secret.
 func (r Record) LogValue() slog.Value {
+	var vnis []uint32
+	for _, t := range r.Tunnels {
+		vnis = append(vnis, t.VNI)
+	}
 	return slog.GroupValue(
 		slog.String(logkey.Sandbox, r.ID),
 		slog.String("state", r.State.String()),
 		slog.String(logkey.Pod, r.Pod.String()),
 		slog.String(logkey.Instance, string(r.Instance.ID)),
-		slog.Any(logkey.VNI, r.Tunnel.VNI),
+		slog.Any(logkey.VNI, vnis),
 	)
 }
 

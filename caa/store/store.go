@@ -6,7 +6,7 @@
 //
 //	adaptor.db
 //	├── meta
-//	│   ├── version        one byte: layout of the file (1)
+//	│   ├── version        one byte: layout of the file (2)
 //	│   └── installation   32 hex digits: made once, tells this file's instances
 //	│                      from those of any other
 //	└── sandboxes

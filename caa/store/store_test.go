@@ -33,10 +33,14 @@ func example(id string) Record {
 			Provider: "local", Owner: cloud.Owner{Cluster: "c", Node: "n"}, Name: "podvm-nginx-x", Token: "t",
 			Plan: cloud.Plan{Type: "small", VCPUs: 2, MemoryMiB: 512}, Asked: true, ID: "i-1", Addr: netip.MustParseAddr("10.0.0.2"),
 		},
-		Tunnel: Tunnel{
+		Tunnels: []Tunnel{{
 			VNI: 555000, Port: 9000, Device: "ppvx555000", Local: netip.MustParsePrefix("10.0.0.1/24"), MTU: 1500,
 			Pod: podvmconfig.PodNetwork{PodIP: netip.MustParsePrefix("10.88.0.2/16"), PodHWAddr: "02:00:00:00:00:01", Interface: "eth0"},
-		},
+		}, {
+			VNI: 555001, Port: 9000, Device: "ppvx555001", Local: netip.MustParsePrefix("10.0.0.1/24"), MTU: 1500,
+			Pod: podvmconfig.PodNetwork{PodIP: netip.MustParsePrefix("10.89.0.2/16"), PodHWAddr: "02:00:00:00:00:02", Interface: "net1"},
+		}},
+		Rules: []podvmconfig.Rule{{Priority: 100, From: "10.89.0.2/32", Table: 100}},
 		TLS:   TLS{ServerName: "podvm-nginx-x", CA: "PEM-CA", ClientCert: "PEM-CERT", ClientKey: "PEM-KEY"},
 		Steps: []Step{{"reserve", 1.5}},
 	}
@@ -248,12 +252,53 @@ func TestUpgradeFromVersion0(t *testing.T) {
 	})
 }
 
+// TestUpgradeFromVersion1: testdata/adaptor-v1.db was written by the last build of
+// version 1: a pod that runs and one that is reserved.
+func TestUpgradeFromVersion1(t *testing.T) {
+	old, err := os.ReadFile("testdata/adaptor-v1.db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, FileName), old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := open1(t, dir)
+	got, broken, err := s.All()
+	if err != nil || len(broken) > 0 || len(got) != 2 {
+		t.Fatal(got, broken, err)
+	}
+	reserved, running := got[0], got[1]
+	if v, err := s.version(); err != nil || v != Version {
+		t.Errorf("version %d, %v", v, err)
+	}
+	want := example("running")
+	want.Rules = nil
+	want.Tunnels = want.Tunnels[:1]
+	want.Tunnels[0].Pod = podvmconfig.PodNetwork{
+		PodIP: netip.MustParsePrefix("10.88.0.2/16"), PodIPs: []netip.Prefix{netip.MustParsePrefix("10.88.0.2/16"), netip.MustParsePrefix("fd88::2/64")},
+		PodHWAddr: "02:00:00:00:00:01", Interface: "eth0", WorkerNodeIP: netip.MustParsePrefix("10.0.0.1/24"), TunnelType: "vxlan",
+		Routes:    []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.88.0.1", Dev: "eth0", Protocol: "boot", Scope: "universe"}},
+		Neighbors: []podvmconfig.Neighbor{{IP: "10.88.0.1", HWAddr: "02:00:00:00:00:02", Dev: "eth0", State: "permanent"}},
+		MTU:       1500, VXLANPort: 9000, VXLANID: 555000,
+	}
+	if d := cmp.Diff(want, running, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); d != "" {
+		t.Errorf("the running pod (-want +got):\n%s", d)
+	}
+	if len(reserved.Tunnels) != 1 || reserved.Tunnels[0].VNI != 555001 || reserved.Tunnels[0].Device != "ppvx555001" || reserved.State != "reserved" {
+		t.Errorf("the reserved pod: %+v", reserved)
+	}
+	if backup, err := os.ReadFile(s.Path() + ".v1.bak"); err != nil || len(backup) == 0 {
+		t.Errorf("backup: %d bytes, %v", len(backup), err)
+	}
+}
+
 func TestNewerVersionIsLeftAlone(t *testing.T) {
 	dir := t.TempDir()
 	oldFile(t, dir, Version+1)
 	before, _ := os.ReadFile(filepath.Join(dir, FileName))
 	_, err := Open(t.Context(), dir)
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "version 2") {
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), fmt.Sprintf("version %d", Version+1)) {
 		t.Errorf("Open = %v", err)
 	}
 	if after, _ := os.ReadFile(filepath.Join(dir, FileName)); !bytes.Equal(before, after) {

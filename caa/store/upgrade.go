@@ -3,21 +3,24 @@
 package store
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	bolt "go.etcd.io/bbolt"
 )
 
 // Version is the layout this build writes.
-const Version = 1
+const Version = 2
 
 // upgrades holds at index n what brings layout n to n+1. They run in one
 // transaction, one after the other, so that a file is of its old layout or of the
 // present one and never between.
 var upgrades = [Version]func(*bolt.Tx) error{
 	0: upgrade0,
+	1: upgrade1,
 }
 
 // upgrade0 adds the installation id. Version 0 was written by builds before the
@@ -27,6 +30,33 @@ func upgrade0(tx *bolt.Tx) error {
 		return err
 	}
 	return tx.Bucket(bucketMeta).Put(keyInstallation, []byte(newInstallation()))
+}
+
+// upgrade1 makes a list of the tunnel of each record: pods may have several interfaces. A
+// record that cannot be read stays as it is, for All to tell of.
+func upgrade1(tx *bolt.Tx) error {
+	b := tx.Bucket(bucketSandboxes)
+	changed := map[string][]byte{}
+	err := b.ForEach(func(k, v []byte) error {
+		var rec map[string]json.RawMessage
+		if json.Unmarshal(v, &rec) != nil || rec["tunnel"] == nil {
+			return nil
+		}
+		rec["tunnels"] = slices.Concat([]byte("["), rec["tunnel"], []byte("]"))
+		delete(rec, "tunnel")
+		out, err := json.Marshal(rec)
+		changed[string(k)] = out
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for k, v := range changed { // a bucket must not change under ForEach
+		if err := b.Put([]byte(k), v); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // upgrade copies the file aside and brings it up to Version.

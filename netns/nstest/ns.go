@@ -172,6 +172,17 @@ func (n *NS) MTU(dev string, mtu int) {
 	}
 }
 
+// PairMTU sets the MTU of an interface and of its veth peer, which is in other.
+func (n *NS) PairMTU(dev string, other *NS, mtu int) {
+	n.t.Helper()
+	n.MTU(dev, mtu)
+	peer, err := other.Handle.LinkByIndex(n.Link(dev).Attrs().ParentIndex)
+	if err != nil {
+		n.t.Fatalf("find the peer of %s: %v", dev, err)
+	}
+	other.MTU(peer.Attrs().Name, mtu)
+}
+
 // Bridge makes a bridge, up.
 func (n *NS) Bridge(name string) {
 	n.t.Helper()
@@ -209,6 +220,22 @@ func (n *NS) Plug(bridge string, other *NS, dev string) {
 	if err := n.Handle.LinkSetMaster(n.Link(port), n.Link(bridge)); err != nil {
 		n.t.Fatalf("plug %s into %s: %v", dev, bridge, err)
 	}
+}
+
+// Macvlan makes an interface in other on top of parent of n, up, in bridge mode.
+func (n *NS) Macvlan(parent string, other *NS, dev string) {
+	n.t.Helper()
+	f, err := netns.OpenFile(other.Path)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer f.Close()
+	a := netlink.NewLinkAttrs()
+	a.Name, a.ParentIndex, a.Namespace = dev, n.Link(parent).Attrs().Index, netlink.NsFd(f.Fd())
+	if err := n.Handle.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
+		n.t.Fatalf("make macvlan %s on %s: %v", dev, parent, err)
+	}
+	other.Up(dev)
 }
 
 // Sysctl sets a file below /proc/sys/net.
@@ -262,7 +289,8 @@ func (s *snapshot) links() error {
 	h := s.n.Handle
 	for _, l := range s.n.links() {
 		a := l.Attrs()
-		s.add("link %d %s %s mtu %d %s group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning, a.Group, a.Alias, a.HardwareAddr)
+		s.add("link %d %s %s mtu %d %s allmulti %v group %d alias %q mac %s", a.Index, a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning,
+			a.RawFlags&unix.IFF_ALLMULTI != 0, a.Group, a.Alias, a.HardwareAddr)
 		addrs, err := h.AddrList(l, unix.AF_UNSPEC)
 		if err != nil {
 			return err

@@ -18,6 +18,9 @@
 // any instant. Devices are told from strangers' by their name, which the caller has
 // recorded, together with netns.LinkGroup, which the kernel sets in that same step.
 //
+// A pod with several interfaces has a tunnel for each, with a VNI and a device of its own;
+// all of them are made, and removed, by one call.
+//
 // # Who may send
 //
 // VXLAN has no authentication, and a VXLAN socket takes any VNI of its port from
@@ -26,8 +29,8 @@
 // Elements come and go with the tunnels; the table goes with the last one. Somebody's
 // "nft flush ruleset" opens the port until the next Ensure.
 //
-// The guest has one tunnel, and its device is the only one of the port, so that the
-// VNI needs no rule. Two IPsec policies in the namespace of the socket let UDP to the
+// In the guest all devices of the port are the pod's and all their packets come from one
+// worker, so that the VNI needs no rule. Two IPsec policies in the namespace of the socket let UDP to the
 // port come from the worker only ("ip xfrm policy" lists them); what they block is
 // XfrmInPolBlock in /proc/net/xfrm_stat.
 //
@@ -41,9 +44,9 @@
 // "fragmentation needed" or "packet too big" from the pod's address, and passes GSO
 // super-packets whose segments fit. For this the namespace gets, until RemoveNode:
 //
-//   - routing table 28784 with a default route to the device, whose next hop is a
-//     permanent neighbour with the VM's MAC, and a rule (iif = the CNI's interface)
-//     that leads there. It stands before the rule for table local, which moves from
+//   - routing table 28784 (28785 for the pod's second interface, and so on) with a
+//     default route to the device, whose next hop is a permanent neighbour with the
+//     VM's MAC, and a rule (iif = the CNI's interface) that leads there. It stands before the rule for table local, which moves from
 //     preference 0 to 3, because the packets' destination is an address of the
 //     namespace;
 //   - forwarding on the CNI's interface; for IPv6, where no such switch per interface
@@ -53,9 +56,11 @@
 //     namespace finds the sender of an oversized packet again. For IPv6 they are
 //     marked by the table "ip6 peerpod_nd" so that they are delivered and not routed.
 //
-// What was changed is recorded in the alias of the device before the change.
+// A macvlan hears all multicast, because it passes on only what its own namespace has
+// joined. What was changed is recorded in the alias of the device before the change.
 // An oversized packet loses one hop of its TTL. Multicast and link-local IPv6 are
-// redirected at any size; the underlay fragments what is too large.
+// redirected at any size; an underlay of IPv4 fragments what is too large, one of IPv6
+// drops it.
 //
 // # Kernel modules
 //

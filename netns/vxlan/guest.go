@@ -4,6 +4,7 @@ package vxlan
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -17,55 +18,101 @@ import (
 	"github.com/kata-remote/kata-remote/netns"
 )
 
-// EnsureGuest makes or repairs the guest end: the device in NetNS under the name of
-// the pod's interface, its UDP socket in the caller's namespace (the VM's root), the
-// source filter there, and in NetNS the addresses, routes and permanent neighbours of
-// Pod, exactly these, and lo up. The device's MTU is the smaller of Pod.MTU and what
-// the route to Remote carries less Overhead. Link-local IPv6 is the kernel's own,
-// from the MAC address. There is no duplicate address detection; all addresses can be
-// bound when EnsureGuest returns.
+// EnsureGuest makes or repairs the guest ends of a pod's tunnels: each device in NetNS
+// under the name of its pod interface, its UDP socket in the caller's namespace (the VM's
+// root), the source filter there, and in NetNS the addresses, routes and permanent
+// neighbours of Pod, exactly these, and lo up. A device's MTU is the smaller of Pod.MTU
+// and what the route to Remote carries less Overhead (see CarriedMTU). Link-local IPv6 is the kernel's own, from the MAC address. There is no duplicate
+// address detection; all addresses can be bound when EnsureGuest returns.
 //
-// InvalidArgument: t is not valid, NetNS is not a network namespace, or the underlay
-// is too small for a pod with IPv6. NotFound: NetNS does not exist. Unavailable: no
-// route to Remote yet. FailedPrecondition: a device of that name is not ours.
-func EnsureGuest(ctx context.Context, t GuestTunnel) error {
-	if err := t.Validate(); err != nil {
-		return err
+// InvalidArgument: one is not valid, NetNS is not a network namespace, or the underlay
+// is too small. NotFound: NetNS does not exist. Unavailable: no route to Remote yet.
+// FailedPrecondition: a device of that name is not ours.
+func EnsureGuest(ctx context.Context, ts ...GuestTunnel) error {
+	for i, t := range ts {
+		if err := t.Validate(); err != nil {
+			return err
+		}
+		if t.NetNS != ts[0].NetNS {
+			return invalid("tunnels of two network namespaces, %s and %s, at once", ts[0].NetNS, t.NetNS)
+		}
+		if slices.ContainsFunc(ts[:i], func(o GuestTunnel) bool { return o.Pod.Name == t.Pod.Name || o.VNI == t.VNI }) {
+			return invalid("two tunnels have VNI %d or the pod's interface %s", t.VNI, t.Pod.Name)
+		}
 	}
-	p, err := openPlace(t.NetNS)
+	if len(ts) == 0 {
+		return invalid("a pod has at least one tunnel")
+	}
+	p, err := openPlace(ts[0].NetNS)
 	if err != nil {
 		return err
 	}
 	defer p.close()
-	d, err := t.device(p.caller)
+	links := make([]netlink.Link, len(ts))
+	for i, t := range ts {
+		if links[i], err = t.ensureDevice(ctx, p); err != nil {
+			return err
+		}
+	}
+	// A route may name the address or the gateway of another interface as its own.
+	for i, t := range ts {
+		if err := t.ensureRoutes(p.handle, links[i]); err != nil {
+			return err
+		}
+		if err := t.ensureNeighbors(p.handle, links[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// EnsureGuestRules makes the routing rules in the namespace at path that are missing.
+// Errors are those of EnsureGuest.
+func EnsureGuestRules(ctx context.Context, path string, rules []netns.Rule) error {
+	h, err := netns.Open(ctx, path)
 	if err != nil {
 		return err
 	}
+	defer h.Close()
+	for _, r := range rules {
+		if err := h.RuleAdd(r.Kernel()); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule %d to table %d: %w", r.Priority, r.Table, err)
+		}
+	}
+	return nil
+}
+
+// ensureDevice makes the device and brings it up with its addresses.
+func (t GuestTunnel) ensureDevice(ctx context.Context, p *place) (netlink.Link, error) {
+	d, err := t.device(p.caller)
+	if err != nil {
+		return nil, err
+	}
 	// The filter comes before the socket: no packet of a stranger ever meets it.
 	if err := ensureGuestSource(Source{Remote: t.Remote.Unmap(), VNI: t.VNI, Port: t.Port}); err != nil {
-		return err
+		return nil, err
 	}
 	// A rename waits for a grace period of the kernel, so it is done only where the
 	// final name is taken in this namespace, by the VM's own eth0 for example.
 	if taken, err := find(p.caller, t.Pod.Name); err != nil {
-		return err
+		return nil, err
 	} else if taken == nil {
 		d.name = t.Pod.Name
 	}
 	l, _, _, err := d.ensure(p, t.Pod.Name, t.Device)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := t.quiet(ctx, l.Attrs().Name); err != nil {
-		return err
+		return nil, err
 	}
 	if l.Attrs().Name != t.Pod.Name {
 		if err := p.handle.LinkSetName(l, t.Pod.Name); err != nil {
-			return fmt.Errorf("rename %s to %s: %w", l.Attrs().Name, t.Pod.Name, err)
+			return nil, fmt.Errorf("rename %s to %s: %w", l.Attrs().Name, t.Pod.Name, err)
 		}
 		l.Attrs().Name = t.Pod.Name
 	}
-	return t.configure(ctx, p.handle, l)
+	return l, t.start(ctx, p.handle, l)
 }
 
 // device looks up the way to the worker and derives the device from it.
@@ -86,7 +133,7 @@ func (t GuestTunnel) device(h *netlink.Handle) (device, error) {
 	if routes[0].MTU > 0 {
 		underlay = min(underlay, routes[0].MTU)
 	}
-	mtu := min(t.Pod.MTU, underlay-Overhead(t.Remote))
+	mtu := CarriedMTU(t.Pod.MTU, underlay, t.Remote, t.Pod.Addrs)
 	if err := checkMTU(mtu, t.Pod.Addrs); err != nil {
 		return device{}, fmt.Errorf("underlay %s with MTU %d: %w", l.Attrs().Name, underlay, err)
 	}
@@ -110,8 +157,8 @@ func (t GuestTunnel) quiet(ctx context.Context, dev string) error {
 	})
 }
 
-// configure brings addresses, routes and neighbours to what Pod says.
-func (t GuestTunnel) configure(ctx context.Context, h *netlink.Handle, l netlink.Link) error {
+// start brings the interface and lo up with the addresses Pod says.
+func (t GuestTunnel) start(ctx context.Context, h *netlink.Handle, l netlink.Link) error {
 	if err := t.ensureAddrs(h, l); err != nil {
 		return err
 	}
@@ -124,12 +171,10 @@ func (t GuestTunnel) configure(ctx context.Context, h *netlink.Handle, l netlink
 			return err
 		}
 	}
-	if err := t.settle(ctx, h, l); err != nil {
-		return err
-	}
-	if err := t.ensureRoutes(h, l); err != nil {
-		return err
-	}
+	return t.settle(ctx, h, l)
+}
+
+func (t GuestTunnel) ensureNeighbors(h *netlink.Handle, l netlink.Link) error {
 	for _, n := range t.Pod.Neighbors {
 		family := unix.AF_INET
 		if n.IP.Is6() {

@@ -43,7 +43,13 @@ type testbed struct {
 	t     *testing.T
 	node  NodeTunnel
 	guest GuestTunnel
+	// Those of the pod's further interfaces.
+	moreNodes  []NodeTunnel
+	moreGuests []GuestTunnel
 }
+
+func (b *testbed) nodes() []NodeTunnel   { return append([]NodeTunnel{b.node}, b.moreNodes...) }
+func (b *testbed) guests() []GuestTunnel { return append([]GuestTunnel{b.guest}, b.moreGuests...) }
 
 // newTestbed makes no tunnel yet.
 func newTestbed(t *testing.T, underlay6 bool) *testbed {
@@ -55,7 +61,7 @@ func newTestbed(t *testing.T, underlay6 bool) *testbed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod := pods[0]
+	pod := pods.Interfaces[0]
 	local, remote := nstest.NodeUnderlay4, nstest.VMUnderlay4
 	if underlay6 {
 		local, remote = nstest.NodeUnderlay6, nstest.VMUnderlay6
@@ -72,18 +78,18 @@ func newTestbed(t *testing.T, underlay6 bool) *testbed {
 func (b *testbed) ensureNode() ([]string, error) {
 	var changes []string
 	err := b.Node.Try(func() (err error) {
-		changes, err = ReconcileNode(b.t.Context(), b.node)
+		changes, err = ReconcileNode(b.t.Context(), b.nodes()...)
 		return err
 	})
 	return changes, err
 }
 
 func (b *testbed) removeNode() error {
-	return b.Node.Try(func() error { return RemoveNode(context.Background(), b.node) })
+	return b.Node.Try(func() error { return RemoveNode(context.Background(), b.nodes()...) })
 }
 
 func (b *testbed) ensureGuest() error {
-	return b.VM.Try(func() error { return EnsureGuest(b.t.Context(), b.guest) })
+	return b.VM.Try(func() error { return EnsureGuest(b.t.Context(), b.guests()...) })
 }
 
 // up makes both ends.

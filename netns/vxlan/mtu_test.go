@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-remote/kata-remote/netns/nstest"
@@ -80,6 +81,20 @@ func control(t *testing.T, c syscall.Conn, f func(fd int) error) {
 	}
 }
 
+// pathMTU is what the kernel knows of the way of a connected socket to an address.
+func pathMTU(t *testing.T, c *net.UDPConn, to netip.Addr) (mtu int) {
+	t.Helper()
+	level, option := unix.IPPROTO_IP, unix.IP_MTU
+	if to.Is6() {
+		level, option = unix.IPPROTO_IPV6, unix.IPV6_MTU
+	}
+	control(t, c, func(fd int) (err error) {
+		mtu, err = unix.GetsockoptInt(fd, level, option)
+		return err
+	})
+	return mtu
+}
+
 // receive returns the size of the next datagram, an error after the given time.
 func receive(s *net.UDPConn, within time.Duration) (int, error) {
 	if err := s.SetReadDeadline(time.Now().Add(within)); err != nil {
@@ -96,10 +111,6 @@ func TestTooBigIsAnswered(t *testing.T) {
 	eachPath(t, func(t *testing.T, b *testbed, pod netip.Addr) {
 		s := sink(t, b.Guest, pod)
 		for name, from := range map[string]*nstest.NS{"node": b.Node, "peer": b.Peer} {
-			level, option := unix.IPPROTO_IP, unix.IP_MTU
-			if pod.Is6() {
-				level, option = unix.IPPROTO_IPV6, unix.IPV6_MTU
-			}
 			c := dialUDP(t, from, s, unix.IP_PMTUDISC_DO)
 			if _, err := c.Write(make([]byte, 1500-udpHeaders(pod))); err != nil {
 				t.Fatalf("%s: the first datagram of 1500 bytes: %v", name, err)
@@ -107,13 +118,9 @@ func TestTooBigIsAnswered(t *testing.T) {
 			if _, err := receive(c, answerWithin); !errors.Is(err, unix.EMSGSIZE) {
 				t.Fatalf("%s: a datagram too large for the tunnel: %v, want %v", name, err, unix.EMSGSIZE)
 			}
-			control(t, c, func(fd int) error {
-				mtu, err := unix.GetsockoptInt(fd, level, option)
-				if mtu != b.node.MTU {
-					t.Errorf("%s: path MTU is %d, want %d", name, mtu, b.node.MTU)
-				}
-				return err
-			})
+			if mtu := pathMTU(t, c, pod); mtu != b.node.MTU {
+				t.Errorf("%s: path MTU is %d, want %d", name, mtu, b.node.MTU)
+			}
 			size := b.node.MTU - udpHeaders(pod)
 			if _, err := c.Write(make([]byte, size)); err != nil {
 				t.Fatalf("%s: a datagram of the path MTU: %v", name, err)
@@ -221,33 +228,56 @@ func TestTCPFindsPathMTU(t *testing.T) {
 	})
 }
 
-// TestMulticastPasses: what has no path MTU is redirected at any size.
+// TestMulticastPasses: what has no path MTU is redirected at any size; the underlay
+// fragments it where it can.
 func TestMulticastPasses(t *testing.T) {
-	b := newTestbed(t, false)
-	b.up()
-	group := net.IPv4(239, 1, 2, 3)
-	var s *net.UDPConn
-	b.Guest.Do(func() error {
-		ifi, err := net.InterfaceByName("eth0")
-		if err != nil {
-			return err
+	for _, underlay6 := range []bool{false, true} {
+		b := newTestbed(t, underlay6)
+		b.up()
+		size := 1500
+		if underlay6 {
+			size = b.node.MTU // larger ones are lost
 		}
-		s, err = net.ListenMulticastUDP("udp4", ifi, &net.UDPAddr{IP: group, Port: 5353})
+		multicast(t, b.Peer, b.Guest, "eth0", "239.1.2.3", size-28)
+		multicast(t, b.Guest, b.Peer, "eth0", "239.1.2.3", 1500-28)
+		multicast(t, b.Peer, b.Guest, "eth0", "ff02::1:2:3", size-48)
+	}
+}
+
+// multicast sends a datagram to a group that only the receiver has joined.
+func multicast(t *testing.T, from, to *nstest.NS, dev, group string, size int) {
+	t.Helper()
+	ip := net.ParseIP(group)
+	in := func(ns *nstest.NS, f func(*net.Interface) error) {
+		t.Helper()
+		ns.Do(func() error {
+			ifi, err := net.InterfaceByName(dev)
+			if err != nil {
+				return err
+			}
+			return f(ifi)
+		})
+	}
+	var s, c *net.UDPConn
+	in(to, func(ifi *net.Interface) (err error) {
+		s, err = net.ListenMulticastUDP("udp", ifi, &net.UDPAddr{IP: ip, Port: 5353})
 		return err
 	})
 	defer s.Close()
-	var c *net.UDPConn
-	b.Peer.Do(func() (err error) {
-		c, err = net.DialUDP("udp4", nil, &net.UDPAddr{IP: group, Port: 5353})
-		return err
+	in(from, func(ifi *net.Interface) (err error) {
+		c, err = net.DialUDP("udp", nil, &net.UDPAddr{IP: ip, Port: 5353, Zone: ifi.Name})
+		if err != nil || ip.To4() == nil {
+			return err
+		}
+		// Without it the route decides on the interface.
+		return ipv4.NewPacketConn(c).SetMulticastInterface(ifi)
 	})
 	defer c.Close()
-	size := 1500 - 28
 	if _, err := c.Write(make([]byte, size)); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := receive(s, answerWithin); n != size || err != nil {
-		t.Errorf("received %d bytes, %v; want %d", n, err, size)
+		t.Errorf("to %s at %s: received %d bytes, %v; want %d", group, dev, n, err, size)
 	}
 }
 
@@ -263,6 +293,9 @@ func TestGuestMTU(t *testing.T) {
 		{1500, 9001, false, 1500},
 		{1400, 1460, false, 1400},
 		{1400, 1420, true, 1350},
+		{9000, 9000, false, 8950},
+		{9000, 1450, true, 1380},
+		{1500, 1280, false, 1280}, // IPv6's least: the underlay fragments
 	} {
 		b := newTestbed(t, c.underlay6)
 		b.VM.MTU("u0", c.underlay)

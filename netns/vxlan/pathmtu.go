@@ -19,12 +19,12 @@ import (
 
 // What the pod's namespace on the node gets; the package comment tells why.
 const (
-	pathTable    = 0x7070 // 28784
-	pathProtocol = 0x70   // of our rules and routes; no routing daemon uses it (iproute2 6.1, rt_protos)
+	pathTable    = 0x7070 // 28784: of the pod's first tunnel; the next one's is one more
+	pathProtocol = netns.RuleProtocol
 	pathMark     = netns.LinkGroup
 
 	prefNeighbor = 1 // marked neighbour discovery → local
-	prefOversize = 2 // from the CNI's interface → pathTable
+	prefOversize = 2 // from a CNI's interface → its tunnel's table
 	prefLocal    = 3 // everything else → local, moved here from 0
 
 	neighborTable = "peerpod_nd"
@@ -37,13 +37,19 @@ var (
 	nextHop6 = net.ParseIP("fe80::7070:6f64")
 )
 
-// record is what the namespace was like before EnsureNode, kept as JSON in the alias
-// of the device.
+// record is what the CNI's interface, and the namespace, were like before EnsureNode,
+// kept as JSON in the alias of the device. Every device of a pod has its record before
+// anything is changed for the first of them, because turning IPv6 forwarding on changes
+// all interfaces.
 type record struct {
 	// Qdisc: the CNI's interface had an ingress qdisc.
 	Qdisc bool `json:"qdisc"`
+	// HearAll: all multicast is to be turned on at the CNI's interface, and was off. A
+	// macvlan passes on only the groups that its own namespace has joined, and not those
+	// of the pod in the VM.
+	HearAll bool `json:"hear_all,omitempty"`
 	// Sysctl values by their path below /proc/sys/net, in the order in which they are
-	// put back.
+	// put back: those of the namespace first.
 	Sysctl [][2]string `json:"sysctl"`
 }
 
@@ -56,14 +62,13 @@ func (t NodeTunnel) families() (ipv4, ipv6 bool) {
 	return ipv4, ipv6
 }
 
-// takeRecord reads the present state; for use inside netns.Do. lost means that our
-// marks are in the namespace but the record is gone with its device, which somebody
-// deleted: then the values are those of a new interface, not ours.
-func (t NodeTunnel) takeRecord(hadQdisc, lost bool) (record, error) {
-	r := record{Qdisc: hadQdisc && !lost}
+// readSysctls reads the present values; for use inside netns.Do. When the record is lost
+// they are those of a new interface.
+func (t NodeTunnel) readSysctls(lost bool) ([][2]string, error) {
+	var out [][2]string
 	for _, c := range []struct{ name, instead string }{
-		{sysctl4(t.PodInterface, "forwarding"), sysctl4("default", "forwarding")},
 		{sysctl6("all", "forwarding"), ""}, // the default changed together with it
+		{sysctl4(t.PodInterface, "forwarding"), sysctl4("default", "forwarding")},
 		{sysctl6(t.PodInterface, "forwarding"), ""},
 		{sysctl6(t.PodInterface, "accept_ra"), sysctl6("default", "accept_ra")},
 	} {
@@ -75,14 +80,47 @@ func (t NodeTunnel) takeRecord(hadQdisc, lost bool) (record, error) {
 		if source != "" {
 			var err error
 			if value, err = readSysctl(source); err != nil {
-				return r, err
+				return nil, err
 			}
 		}
 		if value != "" {
-			r.Sysctl = append(r.Sysctl, [2]string{c.name, value})
+			out = append(out, [2]string{c.name, value})
 		}
 	}
-	return r, nil
+	return out, nil
+}
+
+// hearAll does what HearAll asks for.
+func (r record) hearAll(h *netlink.Handle, dev string) ([]string, error) {
+	if !r.HearAll {
+		return nil, nil
+	}
+	l, err := h.LinkByName(dev)
+	if err != nil {
+		return nil, fmt.Errorf("find pod interface %s: %w", dev, err)
+	}
+	if l.Attrs().RawFlags&unix.IFF_ALLMULTI != 0 {
+		return nil, nil
+	}
+	if err := h.LinkSetAllmulticastOn(l); err != nil {
+		return nil, fmt.Errorf("let %s receive all multicast: %w", dev, err)
+	}
+	return []string{"let " + dev + " receive all multicast"}, nil
+}
+
+// hearLess is the reverse. A missing interface is not an error.
+func (r record) hearLess(h *netlink.Handle, dev string) error {
+	if !r.HearAll {
+		return nil
+	}
+	l, err := find(h, dev)
+	if err != nil || l == nil {
+		return err
+	}
+	if err := h.LinkSetAllmulticastOff(l); err != nil {
+		return fmt.Errorf("let %s receive less multicast: %w", dev, err)
+	}
+	return nil
 }
 
 // String is the alias. It fits the kernel's 255 bytes: the interface name appears
@@ -135,18 +173,39 @@ func (t NodeTunnel) setSysctls() ([]string, error) {
 	return changes, nil
 }
 
-// restoreSysctls puts back what the record holds; for use inside netns.Do.
-func (r record) restoreSysctls() error {
+// restoreSysctls puts back what the records of a pod's devices hold; for use inside
+// netns.Do. The namespace's value goes first, because it changes those of interfaces. A
+// record that was made when its predecessor was lost guesses 0 for it, so 1 is the truth
+// where two differ.
+func restoreSysctls(records []record) error {
+	all := sysctl6("all", "forwarding")
+	shared := ""
+	for _, r := range records {
+		for _, s := range r.Sysctl {
+			if s[0] == all {
+				shared = max(shared, s[1])
+			}
+		}
+	}
 	var errs []error
-	for _, s := range r.Sysctl {
-		_, err := writeSysctl(s[0], s[1])
+	if shared != "" {
+		_, err := writeSysctl(all, shared)
 		errs = append(errs, err)
+	}
+	for _, r := range records {
+		for _, s := range r.Sysctl {
+			if s[0] != all {
+				_, err := writeSysctl(s[0], s[1])
+				errs = append(errs, err)
+			}
+		}
 	}
 	return errors.Join(errs...)
 }
 
-// ensurePath makes rules, routes and next hops for the pod's IP versions.
-func (t NodeTunnel) ensurePath(h *netlink.Handle, l netlink.Link) ([]string, error) {
+// ensurePath makes rules, routes and next hops for the IP versions of t, the n-th of its
+// pod's tunnels.
+func (t NodeTunnel) ensurePath(h *netlink.Handle, l netlink.Link, n int) ([]string, error) {
 	ipv4, ipv6 := t.families()
 	var changes []string
 	for _, v := range []struct {
@@ -157,12 +216,12 @@ func (t NodeTunnel) ensurePath(h *netlink.Handle, l netlink.Link) ([]string, err
 		if !v.on {
 			continue
 		}
-		routed, err := ensureNextHop(h, l, v.family, v.nextHop, t.PodHWAddr)
+		routed, err := ensureNextHop(h, l, v.family, pathTable+n, v.nextHop, t.PodHWAddr)
 		changes = append(changes, routed...)
 		if err != nil {
 			return changes, err
 		}
-		ruled, err := ensureRules(h, v.family, t.PodInterface)
+		ruled, err := ensureRules(h, v.family, pathTable+n, t.PodInterface)
 		changes = append(changes, ruled...)
 		if err != nil {
 			return changes, err
@@ -171,7 +230,7 @@ func (t NodeTunnel) ensurePath(h *netlink.Handle, l netlink.Link) ([]string, err
 	return changes, nil
 }
 
-func ensureNextHop(h *netlink.Handle, l netlink.Link, family int, ip net.IP, hwaddr net.HardwareAddr) ([]string, error) {
+func ensureNextHop(h *netlink.Handle, l netlink.Link, family, table int, ip net.IP, hwaddr net.HardwareAddr) ([]string, error) {
 	var changes []string
 	index := l.Attrs().Index
 	neighbors, err := h.NeighList(index, family)
@@ -187,10 +246,10 @@ func ensureNextHop(h *netlink.Handle, l netlink.Link, family int, ip net.IP, hwa
 		}
 		changes = append(changes, fmt.Sprintf("set neighbour %s %s", ip, hwaddr))
 	}
-	routes, err := h.RouteListFiltered(family, &netlink.Route{Table: pathTable, LinkIndex: index},
+	routes, err := h.RouteListFiltered(family, &netlink.Route{Table: table, LinkIndex: index},
 		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
 	if err != nil {
-		return changes, fmt.Errorf("list routes of table %d: %w", pathTable, err)
+		return changes, fmt.Errorf("list routes of table %d: %w", table, err)
 	}
 	if slices.ContainsFunc(routes, func(r netlink.Route) bool {
 		ones := 0
@@ -205,23 +264,23 @@ func ensureNextHop(h *netlink.Handle, l netlink.Link, family int, ip net.IP, hwa
 	if family == unix.AF_INET6 {
 		all = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 	}
-	err = h.RouteReplace(&netlink.Route{LinkIndex: index, Family: family, Table: pathTable, Dst: all, Gw: ip,
+	err = h.RouteReplace(&netlink.Route{LinkIndex: index, Family: family, Table: table, Dst: all, Gw: ip,
 		Protocol: pathProtocol, Flags: int(netlink.FLAG_ONLINK)})
 	if err != nil {
-		return changes, fmt.Errorf("add route to table %d: %w", pathTable, err)
+		return changes, fmt.Errorf("add route to table %d: %w", table, err)
 	}
-	return append(changes, fmt.Sprintf("add default route via %s to table %d", ip, pathTable)), nil
+	return append(changes, fmt.Sprintf("add default route via %s to table %d", ip, table)), nil
 }
 
 // wantedRules are our rules for one IP version, in the order in which they are added:
 // the rule for table local stands at prefLocal before the one at 0 goes.
-func wantedRules(family int, iif string) []*netlink.Rule {
+func wantedRules(family, table int, iif string) []*netlink.Rule {
 	base := func(pref, table int) *netlink.Rule {
 		r := netlink.NewRule()
 		r.Family, r.Priority, r.Table, r.Protocol = family, pref, table, pathProtocol
 		return r
 	}
-	oversize := base(prefOversize, pathTable)
+	oversize := base(prefOversize, table)
 	oversize.IifName = iif
 	out := []*netlink.Rule{oversize, base(prefLocal, unix.RT_TABLE_LOCAL)}
 	if family == unix.AF_INET6 {
@@ -251,13 +310,13 @@ func hasRule(have []netlink.Rule, want *netlink.Rule) bool {
 	return slices.ContainsFunc(have, func(r netlink.Rule) bool { return sameRule(&r, want) })
 }
 
-func ensureRules(h *netlink.Handle, family int, iif string) ([]string, error) {
+func ensureRules(h *netlink.Handle, family, table int, iif string) ([]string, error) {
 	have, err := h.RuleList(family)
 	if err != nil {
 		return nil, fmt.Errorf("list rules: %w", err)
 	}
 	var changes []string
-	for _, want := range wantedRules(family, iif) {
+	for _, want := range wantedRules(family, table, iif) {
 		if hasRule(have, want) {
 			continue
 		}
@@ -320,15 +379,18 @@ func removeRules(h *netlink.Handle, family int) error {
 }
 
 // ensureNeighborMarks makes the table that marks copies of neighbour and router
-// advertisements. The caller holds nftLock.
-func ensureNeighborMarks(p *place, iif string) (bool, error) {
+// advertisements which arrive at the given interfaces. The caller holds nftLock.
+func ensureNeighborMarks(p *place, iifs []string) (bool, error) {
 	conn, table, exists, err := openNeighborTable(p)
 	if err != nil {
 		return false, err
 	}
 	chain := &nftables.Chain{Name: "prerouting", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw}
-	rules := [][]expr.Any{markRule(iif, 136), markRule(iif, 134)}
+	var rules [][]expr.Any
+	for _, iif := range iifs {
+		rules = append(rules, markRule(iif, 136), markRule(iif, 134))
+	}
 	if exists {
 		if current, err := rulesCurrent(conn, chain, len(rules)); err != nil || current {
 			return false, err

@@ -3,6 +3,7 @@
 package vxlan
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -42,7 +43,7 @@ func routeOf(r netns.Route) (netlink.Route, error) {
 		return netlink.Route{}, invalid("route to %s: unknown protocol %q", r.Dst, r.Protocol)
 	}
 	dst := netip.PrefixFrom(r.Dst.Addr().Unmap(), r.Dst.Bits()).Masked()
-	out := netlink.Route{Dst: ipNet(dst), Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST,
+	out := netlink.Route{Dst: ipNet(dst), Table: cmp.Or(r.Table, unix.RT_TABLE_MAIN), Type: unix.RTN_UNICAST, Priority: r.Metric,
 		Protocol: netlink.RouteProtocol(protocol), Family: unix.AF_INET6}
 	if dst.Addr().Is4() {
 		out.Family = unix.AF_INET
@@ -76,6 +77,9 @@ func routeOf(r netns.Route) (netlink.Route, error) {
 func canonical(r netns.Route) netns.Route {
 	r.Dst = netip.PrefixFrom(r.Dst.Addr().Unmap(), r.Dst.Bits()).Masked()
 	r.Gateway, r.Src = r.Gateway.Unmap().WithZone(""), r.Src.Unmap().WithZone("")
+	if r.Table == unix.RT_TABLE_MAIN {
+		r.Table = 0
+	}
 	if r.Protocol == "" {
 		r.Protocol = "static"
 	}
@@ -90,7 +94,7 @@ func canonical(r netns.Route) netns.Route {
 	return r
 }
 
-// ensureRoutes brings the routes of table main through l to Pod.Routes: what is there
+// ensureRoutes brings the routes through l to Pod.Routes: what is there
 // and not wanted goes, what is missing is added, gateway-less ones first, because a
 // gateway must be reachable when its route is added.
 func (t GuestTunnel) ensureRoutes(h *netlink.Handle, l netlink.Link) error {
@@ -159,7 +163,10 @@ func addRoute(h *netlink.Handle, l netlink.Link, r netns.Route) error {
 		route.Flags |= int(netlink.FLAG_ONLINK)
 		err = h.RouteAdd(&route)
 	}
-	// Two routes that differ only in their metric are one here.
+	// Another interface has a route to the same: the first one goes on to be used.
+	if errors.Is(err, unix.EEXIST) {
+		err = h.RouteAppend(&route)
+	}
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add route to %s through %s: %w", r.Dst, l.Attrs().Name, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -37,6 +38,20 @@ func Overhead(remote netip.Addr) int {
 	return OverheadIPv6
 }
 
+// CarriedMTU returns the MTU of a tunnel in bytes: the smaller of the CNI's and the
+// underlay's less Overhead. With IPv6 among the pod's addresses it is not less than IPv6
+// asks of a link, as long as the CNI's is not: an underlay of IPv4 fragments the tunnel's
+// largest packets then. One of IPv6 does not (ip6_fragment wants skb->ignore_df, Linux
+// 6.18), and is too small for such a pod.
+func CarriedMTU(cni, underlay int, remote netip.Addr, addrs []netip.Prefix) int {
+	mtu := min(cni, underlay-Overhead(remote))
+	ipv6 := slices.ContainsFunc(addrs, func(a netip.Prefix) bool { return a.Addr().Unmap().Is6() })
+	if ipv6 && remote.Unmap().Is4() {
+		return max(mtu, min(cni, minMTU6))
+	}
+	return mtu
+}
+
 // NodeTunnel is the wanted state of a tunnel's node end. It is plain data: the
 // caller records it before EnsureNode and hands the same to RemoveNode.
 type NodeTunnel struct {
@@ -50,8 +65,7 @@ type NodeTunnel struct {
 	Port uint16
 	// Local is the node's address, Remote the pod VM's. Of one family.
 	Local, Remote netip.Addr
-	// MTU is the largest IP packet the tunnel carries, in bytes: the smaller of the
-	// CNI's and the underlay's less Overhead.
+	// MTU is the largest IP packet the tunnel carries, in bytes: see CarriedMTU.
 	MTU int
 	// PodInterface is the CNI's interface in NetNS.
 	PodInterface string
@@ -80,6 +94,27 @@ func (t NodeTunnel) Validate() error {
 	}
 	if t.Device == t.PodInterface {
 		errs = append(errs, invalid("device and pod interface have the same name %q", t.Device))
+	}
+	return errors.Join(errs...)
+}
+
+// validateNode checks the tunnels of one pod.
+func validateNode(ts []NodeTunnel) error {
+	if len(ts) == 0 {
+		return invalid("a pod has at least one tunnel")
+	}
+	var errs []error
+	for i, t := range ts {
+		errs = append(errs, t.Validate())
+		if t.NetNS != ts[0].NetNS {
+			errs = append(errs, invalid("tunnels of two network namespaces, %s and %s, at once", ts[0].NetNS, t.NetNS))
+		}
+		for _, o := range ts[:i] {
+			if o.Device == t.Device || o.PodInterface == t.PodInterface || (o.VNI == t.VNI && o.Port == t.Port) {
+				errs = append(errs, invalid("tunnels %s (VNI %d, %s) and %s (VNI %d, %s) have something in common",
+					o.Device, o.VNI, o.PodInterface, t.Device, t.VNI, t.PodInterface))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }

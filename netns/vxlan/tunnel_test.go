@@ -76,8 +76,8 @@ func TestPodSeesWhatCNIMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want[0].Neighbors = []netns.Neighbor{{IP: nstest.NodeCNI4, HWAddr: mac("02:00:00:00:00:01"), State: netns.StatePermanent}}
-	b.guest.Pod = want[0]
+	want.Interfaces[0].Neighbors = []netns.Neighbor{{IP: nstest.NodeCNI4, HWAddr: mac("02:00:00:00:00:01"), State: netns.StatePermanent}}
+	b.guest.Pod = want.Interfaces[0]
 	for range 2 {
 		if err := b.ensureGuest(); err != nil {
 			t.Fatal(err)
@@ -92,7 +92,7 @@ func TestPodSeesWhatCNIMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want[0].MTU = 1450
+	want.Interfaces[0].MTU = 1450
 	if d := cmp.Diff(want, got, cmp.Comparer(equalAddr), cmp.Comparer(equalPrefix)); d != "" {
 		t.Errorf("guest differs from the CNI's interface (-node +guest):\n%s", d)
 	}

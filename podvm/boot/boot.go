@@ -92,7 +92,7 @@ func RunService(ctx context.Context, cfg Config) error {
 	m := newMarks()
 	network := func() error {
 		defer m.done("tunnel")
-		return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
+		return guestnet.Ensure(ctx, cfg.PodNetNS, pod)
 	}
 	return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) {
 		m.log(log)

@@ -230,5 +230,5 @@ func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod 
 		return err
 	}
 	defer m.done("tunnel")
-	return guestnet.Ensure(ctx, cfg.PodNetNS, pod.PodNetwork)
+	return guestnet.Ensure(ctx, cfg.PodNetNS, pod)
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package guestnet makes the pod VM's networks: the VM's own interface, over which
-// the adaptor and the tunnel's packets come, and the pod's interface, which is the
-// guest end of the tunnel in a network namespace of its own.
+// the adaptor and the tunnels' packets come, and the pod's interfaces, each the guest end
+// of a tunnel, in a network namespace of their own. docs/network.md has a drawing.
 package guestnet
 
 import (
@@ -18,15 +18,29 @@ import (
 	"github.com/kata-remote/kata-remote/netns/vxlan"
 )
 
-// device is the name the tunnel has in messages and until it has its final one.
-const device = "vxlan0"
-
-// Tunnel translates the pod's network out of the pod VM's configuration.
+// Tunnels translates the pod's networks out of the pod VM's configuration.
 // InvalidArgument names the key.
-func Tunnel(netNS string, n *podvmconfig.PodNetwork) (vxlan.GuestTunnel, error) {
+func Tunnels(netNS string, c *podvmconfig.Config) ([]vxlan.GuestTunnel, error) {
+	var out []vxlan.GuestTunnel
+	for i, n := range c.Networks() {
+		key := "pod-network"
+		if i > 0 {
+			key = podvmconfig.MoreKey(i - 1)
+		}
+		t, err := tunnel(netNS, &n)
+		if err != nil {
+			return nil, fmt.Errorf("%s.%w", key, err)
+		}
+		// The name the device has in messages and until it has its final one.
+		t.Device = fmt.Sprintf("vxlan%d", i)
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+func tunnel(netNS string, n *podvmconfig.PodNetwork) (vxlan.GuestTunnel, error) {
 	t := vxlan.GuestTunnel{
 		NetNS:  netNS,
-		Device: device,
 		VNI:    n.VXLANID,
 		Port:   n.VXLANPort,
 		Remote: n.WorkerNodeIP.Addr(),
@@ -37,21 +51,20 @@ func Tunnel(netNS string, n *podvmconfig.PodNetwork) (vxlan.GuestTunnel, error) 
 		return t, bad("pod-hw-addr", "%q is not a MAC address", n.PodHWAddr)
 	}
 	t.Pod.HWAddr = hw
-	for i, r := range n.Routes {
-		key := fmt.Sprintf("routes[%d].", i)
-		if r.Dev != "" && r.Dev != n.Interface {
-			continue // of another interface of the pod, which the tunnel does not carry
-		}
-		route := netns.Route{Protocol: r.Protocol, Scope: r.Scope}
-		if route.Dst, err = netip.ParsePrefix(r.Dst); err != nil {
-			return t, bad(key+"dst", "%q is not a prefix", r.Dst)
-		}
-		if r.GW != "" {
-			if route.Gateway, err = netip.ParseAddr(r.GW); err != nil {
-				return t, bad(key+"gw", "%q is not an address", r.GW)
+	for _, list := range []struct {
+		key    string
+		routes []podvmconfig.Route
+	}{{"routes", n.Routes}, {"table-routes", n.TableRoutes}} {
+		for i, r := range list.routes {
+			if r.Dev != "" && r.Dev != n.Interface {
+				continue // of another interface of the pod, which has its own network
 			}
+			one, err := route(fmt.Sprintf("%s[%d].", list.key, i), r)
+			if err != nil {
+				return t, err
+			}
+			t.Pod.Routes = append(t.Pod.Routes, one)
 		}
-		t.Pod.Routes = append(t.Pod.Routes, route)
 	}
 	for i, e := range n.Neighbors {
 		key := fmt.Sprintf("neighbors[%d].", i)
@@ -70,19 +83,72 @@ func Tunnel(netNS string, n *podvmconfig.PodNetwork) (vxlan.GuestTunnel, error) 
 	return t, nil
 }
 
-func bad(key, format string, a ...any) error {
-	return fmt.Errorf("pod-network.%s %s: %w", key, fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
+func route(key string, r podvmconfig.Route) (netns.Route, error) {
+	out := netns.Route{Protocol: r.Protocol, Scope: r.Scope, Metric: r.Metric, Table: r.Table}
+	var err error
+	if out.Dst, err = netip.ParsePrefix(r.Dst); err != nil {
+		return out, bad(key+"dst", "%q is not a prefix", r.Dst)
+	}
+	for _, a := range []struct {
+		key, value string
+		to         *netip.Addr
+	}{{"gw", r.GW, &out.Gateway}, {"src", r.Src, &out.Src}} {
+		if a.value == "" {
+			continue
+		}
+		if *a.to, err = netip.ParseAddr(a.value); err != nil {
+			return out, bad(key+a.key, "%q is not an address", a.value)
+		}
+	}
+	return out, nil
 }
 
-// Ensure makes the pod's network namespace at netNS, unless it is there, and the
-// guest end of the tunnel in it. It may be repeated.
-func Ensure(ctx context.Context, netNS string, n *podvmconfig.PodNetwork) error {
-	t, err := Tunnel(netNS, n)
+// Rules translates the pod's routing rules. InvalidArgument names the key.
+func Rules(c *podvmconfig.Config) ([]netns.Rule, error) {
+	var out []netns.Rule
+	for i, r := range c.Rules {
+		one := netns.Rule{IPv6: r.IPv6, Priority: r.Priority, IIF: r.IIF, OIF: r.OIF, Mark: r.Mark, Mask: r.Mask, Table: r.Table}
+		for _, a := range []struct {
+			key, value string
+			to         *netip.Prefix
+		}{{"from", r.From, &one.Src}, {"to", r.To, &one.Dst}} {
+			if a.value == "" {
+				continue
+			}
+			p, err := netip.ParsePrefix(a.value)
+			if err != nil || p.Addr().Is6() != r.IPv6 {
+				return nil, bad(fmt.Sprintf("rules[%d].%s", i, a.key), "%q is not a prefix of the rule's IP version", a.value)
+			}
+			*a.to = p
+		}
+		out = append(out, one)
+	}
+	return out, nil
+}
+
+func bad(key, format string, a ...any) error {
+	return fmt.Errorf("%s %s: %w", key, fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
+}
+
+// Ensure makes the pod's network namespace at netNS, unless it is there, and in it the
+// guest ends of the tunnels, with the pod's routes and rules. It may be repeated.
+//
+// The devices are all that the namespace has besides lo. No route, veth or bridge leads
+// from it to the VM's own network: what the pod sends leaves by a tunnel, to the node.
+func Ensure(ctx context.Context, netNS string, c *podvmconfig.Config) error {
+	tunnels, err := Tunnels(netNS, c)
+	if err != nil {
+		return err
+	}
+	rules, err := Rules(c)
 	if err != nil {
 		return err
 	}
 	if err := netns.Create(netNS); err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
 		return err
 	}
-	return vxlan.EnsureGuest(ctx, t)
+	if err := vxlan.EnsureGuest(ctx, tunnels...); err != nil || len(rules) == 0 {
+		return err
+	}
+	return vxlan.EnsureGuestRules(ctx, netNS, rules)
 }

@@ -8,7 +8,9 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
@@ -37,10 +39,33 @@ func podNetwork() *podvmconfig.PodNetwork {
 	}
 }
 
-func TestTunnel(t *testing.T) {
-	got, err := Tunnel("/run/netns/x", podNetwork())
-	if err != nil {
-		t.Fatal(err)
+// podConfig has a second network, with a table of its own.
+func podConfig() *podvmconfig.Config {
+	return &podvmconfig.Config{
+		PodNetwork: podNetwork(),
+		MorePodNetworks: []podvmconfig.PodNetwork{{
+			PodIP: netip.MustParsePrefix("10.9.0.5/16"), PodHWAddr: "32:b9:59:6b:f0:d6", Interface: "net1",
+			WorkerNodeIP: netip.MustParsePrefix("192.168.213.1/24"), TunnelType: podvmconfig.TunnelVXLAN,
+			MTU: 9000, VXLANPort: 9000, VXLANID: 555003,
+			Routes: []podvmconfig.Route{
+				{Dst: "10.9.0.0/16", Dev: "net1", Src: "10.9.0.5"},
+				{Dst: "0.0.0.0/0", GW: "10.9.0.1", Dev: "net1", Metric: 200},
+			},
+			TableRoutes: []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.9.0.1", Dev: "net1", Table: 100}},
+		}},
+		Rules: []podvmconfig.Rule{{Priority: 1000, From: "10.9.0.5/32", Table: 100}},
+	}
+}
+
+func TestTunnels(t *testing.T) {
+	all, err := Tunnels("/run/netns/x", podConfig())
+	if err != nil || len(all) != 2 {
+		t.Fatal(all, err)
+	}
+	got, more := all[0], all[1]
+	if more.VNI != 555003 || more.Pod.Name != "net1" || more.Device == got.Device || len(more.Pod.Routes) != 3 ||
+		more.Pod.Routes[0].Src != netip.MustParseAddr("10.9.0.5") || more.Pod.Routes[1].Metric != 200 || more.Pod.Routes[2].Table != 100 {
+		t.Errorf("the second: %+v", more)
 	}
 	if got.NetNS != "/run/netns/x" || got.VNI != 555002 || got.Port != 9000 || got.Remote != netip.MustParseAddr("192.168.213.1") {
 		t.Errorf("got %+v", got)
@@ -64,6 +89,8 @@ func TestTunnelRefuses(t *testing.T) {
 		change func(*podvmconfig.PodNetwork)
 		want   string
 	}{
+		"route src":    {func(n *podvmconfig.PodNetwork) { n.Routes[1].Src = "x" }, "pod-network.routes[1].src"},
+		"table route":  {func(n *podvmconfig.PodNetwork) { n.TableRoutes = []podvmconfig.Route{{Dst: "x"}} }, "pod-network.table-routes[0].dst"},
 		"mac":          {func(n *podvmconfig.PodNetwork) { n.PodHWAddr = "x" }, "pod-network.pod-hw-addr"},
 		"route dst":    {func(n *podvmconfig.PodNetwork) { n.Routes[1].Dst = "all" }, "pod-network.routes[1].dst"},
 		"route gw":     {func(n *podvmconfig.PodNetwork) { n.Routes[1].GW = "x" }, "pod-network.routes[1].gw"},
@@ -71,22 +98,41 @@ func TestTunnelRefuses(t *testing.T) {
 		"neighbor mac": {func(n *podvmconfig.PodNetwork) { n.Neighbors[0].HWAddr = "" }, "pod-network.neighbors[0].hw-addr"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := podNetwork()
-			c.change(n)
-			_, err := Tunnel("/run/netns/x", n)
-			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("got %v, want InvalidArgument with %q", err, c.want)
+			// The same mistake in the first network and in a further one.
+			for i, want := range []string{c.want, strings.Replace(c.want, "pod-network", "more-pod-networks[0]", 1)} {
+				cfg := podConfig()
+				wrong := podNetwork()
+				c.change(wrong)
+				if i == 0 {
+					cfg.PodNetwork = wrong
+				} else {
+					cfg.MorePodNetworks[0] = *wrong
+				}
+				_, err := Tunnels("/run/netns/x", cfg)
+				if !errdefs.IsInvalidArgument(err) || !strings.HasPrefix(err.Error(), want) {
+					t.Errorf("got %v, want InvalidArgument with %q", err, want)
+				}
 			}
 		})
+	}
+	for key, change := range map[string]func(*podvmconfig.Rule){
+		"rules[0].from": func(r *podvmconfig.Rule) { r.From = "x" },
+		"rules[0].to":   func(r *podvmconfig.Rule) { r.To = "fd00::/8" },
+	} {
+		cfg := podConfig()
+		change(&cfg.Rules[0])
+		if _, err := Rules(cfg); !errdefs.IsInvalidArgument(err) || !strings.HasPrefix(err.Error(), key) {
+			t.Errorf("got %v, want InvalidArgument with %q", err, key)
+		}
 	}
 }
 
 // machine is the VM's namespace with one interface towards the node.
-func machine(t *testing.T) (*nstest.NS, bootconf.Ethernet) {
+func machine(t *testing.T) (vm, node *nstest.NS, e bootconf.Ethernet) {
 	t.Helper()
-	vm, node := nstest.New(t, "vm"), nstest.New(t, "node")
+	vm, node = nstest.New(t, "vm"), nstest.New(t, "node")
 	node.Veth("tap0", vm, "ens3")
-	return vm, bootconf.Ethernet{
+	return vm, node, bootconf.Ethernet{
 		ID: "id0", HWAddr: vm.Link("ens3").Attrs().HardwareAddr, MTU: 9000,
 		Addrs:    []netip.Prefix{netip.MustParsePrefix("192.168.213.5/24"), netip.MustParsePrefix("fd00::5/64")},
 		Gateway:  netip.MustParseAddr("192.168.213.1"),
@@ -96,7 +142,7 @@ func machine(t *testing.T) (*nstest.NS, bootconf.Ethernet) {
 }
 
 func TestConfigureLinks(t *testing.T) {
-	vm, e := machine(t)
+	vm, _, e := machine(t)
 	for range 2 { // a second time changes nothing and is no error
 		vm.Do(func() error { return ConfigureLinks(context.Background(), []bootconf.Ethernet{e}) })
 	}
@@ -134,7 +180,7 @@ func TestConfigureLinks(t *testing.T) {
 }
 
 func TestConfigureLinksRefuses(t *testing.T) {
-	vm, e := machine(t)
+	vm, _, e := machine(t)
 	e.HWAddr = net.HardwareAddr{2, 0xff, 0, 0, 0, 1}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -144,29 +190,114 @@ func TestConfigureLinksRefuses(t *testing.T) {
 	}
 }
 
-func TestEnsure(t *testing.T) {
-	vm, e := machine(t)
-	pod := filepath.Join(t.TempDir(), "podns")
+// ensured is a VM with the pod's networks, and the namespace of the pod in it.
+func ensured(t *testing.T) (vm, node, pod *nstest.NS) {
+	t.Helper()
+	vm, node, e := machine(t)
+	path := filepath.Join(t.TempDir(), "podns")
 	t.Cleanup(func() {
-		if err := netns.Remove(pod); err != nil {
+		if err := netns.Remove(path); err != nil {
 			t.Error(err)
 		}
 	})
 	vm.Do(UpLoopback)
 	vm.Do(func() error { return ConfigureLinks(context.Background(), []bootconf.Ethernet{e}) })
 	for range 2 {
-		vm.Do(func() error { return Ensure(context.Background(), pod, podNetwork()) })
+		vm.Do(func() error { return Ensure(context.Background(), path, podConfig()) })
 	}
-	eth0 := nstest.Open(t, pod).Link("eth0")
-	tunnel, ok := eth0.(*netlink.Vxlan)
-	if !ok {
-		t.Fatalf("eth0 is a %s", eth0.Type())
+	return vm, node, nstest.Open(t, path)
+}
+
+func TestEnsure(t *testing.T) {
+	_, _, pod := ensured(t)
+	for _, want := range []struct {
+		dev, mac, addr string
+		vni, mtu       int
+	}{
+		{"eth0", "32:b9:59:6b:f0:d5", "10.244.1.21/24", 555002, 1500},
+		{"net1", "32:b9:59:6b:f0:d6", "10.9.0.5/16", 555003, 8950},
+	} {
+		l := pod.Link(want.dev)
+		tunnel, ok := l.(*netlink.Vxlan)
+		if !ok {
+			t.Fatalf("%s is a %s", want.dev, l.Type())
+		}
+		if tunnel.VxlanId != want.vni || tunnel.Port != 9000 || tunnel.Group.String() != "192.168.213.1" || tunnel.HardwareAddr.String() != want.mac || tunnel.MTU != want.mtu {
+			t.Errorf("%s: vni %d port %d remote %s mac %s mtu %d", want.dev, tunnel.VxlanId, tunnel.Port, tunnel.Group, tunnel.HardwareAddr, tunnel.MTU)
+		}
+		addrs, err := pod.Handle.AddrList(l, unix.AF_INET)
+		if err != nil || len(addrs) != 1 || addrs[0].IPNet.String() != want.addr {
+			t.Errorf("%s: addresses %v, %v", want.dev, addrs, err)
+		}
 	}
-	if tunnel.VxlanId != 555002 || tunnel.Port != 9000 || tunnel.Group.String() != "192.168.213.1" || tunnel.HardwareAddr.String() != "32:b9:59:6b:f0:d5" || tunnel.MTU != 1500 {
-		t.Errorf("tunnel: vni %d port %d remote %s mac %s mtu %d", tunnel.VxlanId, tunnel.Port, tunnel.Group, tunnel.HardwareAddr, tunnel.MTU)
+	for dst, want := range map[string]struct{ from, dev string }{
+		"8.8.8.8":   {"", "eth0"},            // the default route of the smaller metric
+		"8.8.4.4":   {"10.9.0.5", "net1"},    // by the rule
+		"10.9.0.77": {"", "net1"},            // on link
+		"8.8.0.8":   {"10.244.1.21", "eth0"}, // no rule of its own
+	} {
+		routes, err := pod.Handle.RouteGetWithOptions(net.ParseIP(dst), &netlink.RouteGetOptions{SrcAddr: net.ParseIP(want.from)})
+		if err != nil || len(routes) != 1 || routes[0].LinkIndex != pod.Link(want.dev).Attrs().Index {
+			t.Errorf("way to %s from %q: %v, %v; want %s", dst, want.from, routes, err, want.dev)
+		}
 	}
-	addrs, err := nstest.Open(t, pod).Handle.AddrList(eth0, unix.AF_INET)
-	if err != nil || len(addrs) != 1 || addrs[0].IPNet.String() != "10.244.1.21/24" {
-		t.Errorf("addresses %v, %v", addrs, err)
+}
+
+// TestPodIsApart: the pod's namespace has the tunnels and lo and nothing else, and what
+// the VM itself reaches over its own interface, a metadata service for one, the pod
+// does not, whatever route it makes.
+func TestPodIsApart(t *testing.T) {
+	vm, cloud, pod := ensured(t)
+	links, err := pod.Handle.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if l.Type() != "vxlan" && a.Flags&net.FlagLoopback == 0 && a.Flags&net.FlagUp != 0 {
+			t.Errorf("the pod has %s, a %s, up", a.Name, l.Type())
+		}
+	}
+	// At the other end of the VM's interface there is a metadata service.
+	cloud.Addr("tap0", "192.168.213.1/24", "169.254.169.254/32")
+	var asked atomic.Int32
+	var service net.Listener
+	cloud.Do(func() (err error) {
+		service, err = net.Listen("tcp4", ":80")
+		return err
+	})
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for {
+			c, err := service.Accept()
+			if err != nil {
+				return
+			}
+			asked.Add(1)
+			c.Close()
+		}
+	}()
+	defer func() { service.Close(); <-served }()
+	dial := func(ns *nstest.NS, to string, patience time.Duration) error {
+		return ns.Try(func() error {
+			c, err := (&net.Dialer{Timeout: patience}).Dial("tcp", to)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+	}
+	if err := dial(vm, "169.254.169.254:80", 10*time.Second); err != nil {
+		t.Fatalf("the VM itself: %v", err)
+	}
+	pod.Route("169.254.0.0/16", "", "eth0")
+	for _, to := range []string{"169.254.169.254:80", "192.168.213.1:80", "192.168.213.5:15150"} {
+		if err := dial(pod, to, 300*time.Millisecond); err == nil {
+			t.Errorf("the pod reaches %s", to)
+		}
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the metadata service was asked %d times, want only by the VM", n)
 	}
 }

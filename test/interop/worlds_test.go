@@ -474,15 +474,15 @@ func (m *machine) Stop() {
 // What is done to real ones is tested elsewhere.
 type fakeNetwork struct{}
 
-func (*fakeNetwork) Inspect(_ context.Context, path string) (podvmconfig.PodNetwork, error) {
+func (*fakeNetwork) Inspect(_ context.Context, path string) (sandbox.PodNetworks, error) {
 	if _, err := os.Stat(path); err != nil {
-		return podvmconfig.PodNetwork{}, fmt.Errorf("network namespace %s: %w: %w", path, err, errdefs.ErrNotFound)
+		return sandbox.PodNetworks{}, fmt.Errorf("network namespace %s: %w: %w", path, err, errdefs.ErrNotFound)
 	}
-	return podvmconfig.PodNetwork{
+	return sandbox.PodNetworks{Interfaces: []podvmconfig.PodNetwork{{
 		PodIP: netip.MustParsePrefix("10.88.0.7/16"), PodHWAddr: "02:00:00:00:00:07", Interface: "eth0", MTU: 1500,
 		Routes: []podvmconfig.Route{{Dst: "0.0.0.0/0", GW: "10.88.0.1", Dev: "eth0", Protocol: "boot", Scope: "universe"}},
-	}, nil
+	}}}, nil
 }
 
-func (*fakeNetwork) Ensure(context.Context, sandbox.NodeTunnel) error { return nil }
-func (*fakeNetwork) Remove(context.Context, sandbox.NodeTunnel) error { return nil }
+func (*fakeNetwork) Ensure(context.Context, sandbox.NodeTunnels) error { return nil }
+func (*fakeNetwork) Remove(context.Context, sandbox.NodeTunnels) error { return nil }

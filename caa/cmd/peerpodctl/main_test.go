@@ -24,7 +24,8 @@ var (
 			Id: "0123456789abcdef0123456789abcdef", State: "running", PodNamespace: "default", PodName: "nginx",
 			Netns: "/run/netns/x", AgentSocket: "/run/peerpod/pods/0/agent.ttrpc", Provider: "local",
 			InstanceName: "podvm-nginx-01234567", InstanceId: "pp-1", Address: "10.0.0.2", Vni: 555000, VxlanPort: 9000,
-			TunnelDevice: "ppvx555000", CreatedUnixNano: now.Add(-90 * time.Second).UnixNano(), ChangedUnixNano: now.Add(-80 * time.Second).UnixNano(),
+			TunnelDevice: "ppvx555000", Tunnels: []*adminpb.Tunnel{{Interface: "eth0", Device: "ppvx555000", Vni: 555000}, {Interface: "net1", Device: "ppvx555007", Vni: 555007}},
+			CreatedUnixNano: now.Add(-90 * time.Second).UnixNano(), ChangedUnixNano: now.Add(-80 * time.Second).UnixNano(),
 			Steps: []*adminpb.Step{{Name: "reserve", Milliseconds: 1.25}, {Name: "instance", Milliseconds: 120.4}}, Connections: 2, Vcpus: 1, MemoryMib: 512,
 		},
 		{Id: "test", State: "deleting", Reason: "StopVM", PodName: "test", Provider: "local", Vni: 555001, CreatedUnixNano: now.Add(-72 * time.Hour).UnixNano(), ChangedUnixNano: now.UnixNano()},
@@ -46,7 +47,7 @@ func TestShow(t *testing.T) {
 	got := show(examples[0], now)
 	for _, want := range []string{
 		"0123456789abcdef0123456789abcdef", "default/nginx", "running, since 1m", "pp-1 (podvm-nginx-01234567, local)",
-		"1 vCPUs, 512 MiB", "10.0.0.2", "ppvx555000 in /run/netns/x, VNI 555000, UDP port 9000", "2 connections", "step instance  120.4 ms",
+		"1 vCPUs, 512 MiB", "10.0.0.2", "ppvx555000 in /run/netns/x, VNI 555000, UDP port 9000", "tunnel net1", "ppvx555007 in /run/netns/x, VNI 555007", "2 connections", "step instance  120.4 ms",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("%q is not in\n%s", want, got)
@@ -69,7 +70,7 @@ func TestJSON(t *testing.T) {
 	}
 	for _, key := range []string{
 		"id", "state", "podNamespace", "podName", "netns", "agentSocket", "connections", "provider", "instanceName", "instanceID",
-		"vcpus", "memoryMiB", "address", "vni", "vxlanPort", "tunnelDevice", "created", "changed", "steps",
+		"vcpus", "memoryMiB", "address", "vni", "vxlanPort", "tunnelDevice", "tunnels", "created", "changed", "steps",
 	} {
 		for _, s := range got {
 			if _, ok := s[key]; !ok {

@@ -14,28 +14,36 @@ import (
 
 // sandboxView is a sandbox in --output json. Its keys are a promise.
 type sandboxView struct {
-	ID           string     `json:"id"`
-	State        string     `json:"state"`
-	Reason       string     `json:"reason,omitempty"`
-	PodNamespace string     `json:"podNamespace"`
-	PodName      string     `json:"podName"`
-	NetNS        string     `json:"netns"`
-	AgentSocket  string     `json:"agentSocket"`
-	Connections  int32      `json:"connections"`
-	Provider     string     `json:"provider"`
-	InstanceName string     `json:"instanceName"`
-	InstanceID   string     `json:"instanceID"`
-	InstanceType string     `json:"instanceType,omitempty"`
-	VCPUs        uint32     `json:"vcpus"`
-	MemoryMiB    uint32     `json:"memoryMiB"`
-	Address      string     `json:"address"`
-	VNI          uint32     `json:"vni"`
-	VXLANPort    uint32     `json:"vxlanPort"`
-	TunnelDevice string     `json:"tunnelDevice"`
-	Created      time.Time  `json:"created"`
-	Changed      time.Time  `json:"changed"`
-	Lease        *time.Time `json:"lease,omitempty"`
-	Steps        []stepView `json:"steps"`
+	ID           string       `json:"id"`
+	State        string       `json:"state"`
+	Reason       string       `json:"reason,omitempty"`
+	PodNamespace string       `json:"podNamespace"`
+	PodName      string       `json:"podName"`
+	NetNS        string       `json:"netns"`
+	AgentSocket  string       `json:"agentSocket"`
+	Connections  int32        `json:"connections"`
+	Provider     string       `json:"provider"`
+	InstanceName string       `json:"instanceName"`
+	InstanceID   string       `json:"instanceID"`
+	InstanceType string       `json:"instanceType,omitempty"`
+	VCPUs        uint32       `json:"vcpus"`
+	MemoryMiB    uint32       `json:"memoryMiB"`
+	Address      string       `json:"address"`
+	VNI          uint32       `json:"vni"`
+	VXLANPort    uint32       `json:"vxlanPort"`
+	TunnelDevice string       `json:"tunnelDevice"`
+	Tunnels      []tunnelView `json:"tunnels"`
+	Created      time.Time    `json:"created"`
+	Changed      time.Time    `json:"changed"`
+	Lease        *time.Time   `json:"lease,omitempty"`
+	Steps        []stepView   `json:"steps"`
+}
+
+// tunnelView is one of a sandbox's tunnels; sandboxView has the first one's too.
+type tunnelView struct {
+	Interface string `json:"interface"`
+	Device    string `json:"device"`
+	VNI       uint32 `json:"vni"`
 }
 
 type stepView struct {
@@ -53,7 +61,10 @@ func asJSON(sandboxes []*adminpb.Sandbox) (string, error) {
 			VCPUs: s.Vcpus, MemoryMiB: s.MemoryMib, Address: s.Address,
 			VNI: s.Vni, VXLANPort: s.VxlanPort, TunnelDevice: s.TunnelDevice,
 			Created: time.Unix(0, s.CreatedUnixNano).UTC(), Changed: time.Unix(0, s.ChangedUnixNano).UTC(),
-			Steps: []stepView{},
+			Tunnels: []tunnelView{}, Steps: []stepView{},
+		}
+		for _, t := range s.Tunnels {
+			v.Tunnels = append(v.Tunnels, tunnelView{t.Interface, t.Device, t.Vni})
 		}
 		if s.LeaseUnixNano != 0 {
 			lease := time.Unix(0, s.LeaseUnixNano).UTC()
@@ -101,7 +112,9 @@ func show(s *adminpb.Sandbox, now time.Time) string {
 	}
 	line("size", "%s", size)
 	line("address", "%s", orDash(s.Address))
-	line("tunnel", "%s in %s, VNI %d, UDP port %d", s.TunnelDevice, s.Netns, s.Vni, s.VxlanPort)
+	for _, t := range s.Tunnels {
+		line("tunnel "+t.Interface, "%s in %s, VNI %d, UDP port %d", t.Device, s.Netns, t.Vni, s.VxlanPort)
+	}
 	line("agent socket", "%s, %d connections", s.AgentSocket, s.Connections)
 	for _, st := range s.Steps {
 		line("step "+st.Name, "%.1f ms", st.Milliseconds)
