@@ -72,6 +72,7 @@ type Local struct {
 	Accel   string       // LOCAL_ACCEL: kvm or tcg; "auto" and "": what a test boot finds
 	Bridge  string       // LOCAL_BRIDGE: name of the bridge the provider makes
 	Subnet  netip.Prefix // LOCAL_SUBNET: network between node and pod VMs
+	MTU     int          // LOCAL_MTU: of that network, bytes
 	VCPUs   int          // LOCAL_VCPUS: of a pod that asks for none
 	Memory  int          // LOCAL_MEMORY: MiB, of a pod that asks for none
 	Dir     string       // LOCAL_DIR: what the provider keeps about its VMs; <STATE_DIR>/local

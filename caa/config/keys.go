@@ -49,6 +49,7 @@ var keys = []key{
 	{"LOCAL_ACCEL", func(c *Config, v string) error { return oneOf(&c.Local.Accel, v, "auto", "kvm", "tcg") }},
 	{"LOCAL_BRIDGE", func(c *Config, v string) error { return device(&c.Local.Bridge, v) }},
 	{"LOCAL_SUBNET", func(c *Config, v string) error { return subnet(&c.Local.Subnet, v) }},
+	{"LOCAL_MTU", func(c *Config, v string) error { return number(&c.Local.MTU, v, 1280, math.MaxUint16) }},
 	{"LOCAL_VCPUS", func(c *Config, v string) error { return number(&c.Local.VCPUs, v, 1, 1024) }},
 	{"LOCAL_MEMORY", func(c *Config, v string) error { return number(&c.Local.Memory, v, 64, 1<<24) }},
 	{"LOCAL_DIR", func(c *Config, v string) error { return absPath(&c.Local.Dir, v) }},

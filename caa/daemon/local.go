@@ -22,7 +22,7 @@ func newLocal(cfg *config.Config) (cloud.Provider, error) {
 	p, err := local.New(local.Config{
 		QEMU: cfg.Local.QEMU, Machine: cfg.Local.Machine, Accel: local.Accel(accel),
 		Kernel: cfg.Local.Kernel, Initrd: cfg.Local.Initrd, KernelArgs: cfg.Local.Cmdline,
-		StateDir: cfg.Local.Dir, Bridge: cfg.Local.Bridge, Subnet: cfg.Local.Subnet,
+		StateDir: cfg.Local.Dir, Bridge: cfg.Local.Bridge, Subnet: cfg.Local.Subnet, MTU: cfg.Local.MTU,
 		DefaultVCPUs: cfg.Local.VCPUs, DefaultMemoryMiB: cfg.Local.Memory,
 	})
 	if err != nil {

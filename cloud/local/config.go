@@ -34,7 +34,7 @@ type Config struct {
 	Bridge string
 	// LOCAL_SUBNET: of the bridge; its first address is the node's. Default: 192.168.213.0/24.
 	Subnet netip.Prefix
-	// MTU of the bridge, in bytes. No wire limits it; the default of 9000 leaves
+	// LOCAL_MTU: MTU of the bridge, in bytes. No wire limits it; the default of 9000 leaves
 	// room for the tunnel, so that a pod keeps its CNI's MTU.
 	MTU int
 	// LOCAL_VCPUS and LOCAL_MEMORY: DefaultVCPUs and DefaultMemoryMiB are the size of a pod that asks for none.
@@ -136,7 +136,7 @@ func (c Config) complete(cpus int) (Config, error) {
 		bad("LOCAL_SUBNET %s has no room for an instance; use a /%d or wider", c.Subnet, c.Subnet.Addr().BitLen()-minHostBits)
 	}
 	if c.MTU < minMTU || c.MTU > maxMTU {
-		bad("MTU %d is not within %d to %d", c.MTU, minMTU, maxMTU)
+		bad("LOCAL_MTU %d is not within %d to %d", c.MTU, minMTU, maxMTU)
 	}
 	if c.DefaultVCPUs < 1 || c.CPUOvercommit < 1 {
 		bad("LOCAL_VCPUS %d and CPUOvercommit %d must be 1 or more", c.DefaultVCPUs, c.CPUOvercommit)
