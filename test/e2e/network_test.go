@@ -337,32 +337,13 @@ func TestMetadataService(t *testing.T) {
 	node.Addr(underlay, metadata+"/32")
 	asked, port := listenAt(ctx, t, underlay)
 
-	// A machine beside the pod VM, on the same network.
-	machine := nstest.New(t, "machine")
-	node.Veth("pvm", machine, "u0")
-	if err := node.Handle.LinkSetMaster(node.Link("pvm"), node.Link(underlay)); err != nil {
-		t.Fatal(err)
-	}
-	machine.Addr("u0", "192.168.213.99/24")
-	machine.Route("169.254.0.0/16", "", "u0")
-	if err := machine.Try(func() error {
-		c, err := (&net.Dialer{Timeout: 20 * time.Second}).DialContext(ctx, "tcp", net.JoinHostPort(metadata, port))
-		if err == nil {
-			err = c.Close()
-		}
-		return err
-	}); err != nil {
-		t.Fatalf("a machine on the VM's network: %v", err)
-	}
+	askBeside(ctx, t, node, net.JoinHostPort(metadata, port))
 	if err := within(ctx, func(context.Context) error {
 		if asked.Load() != 1 {
 			return fmt.Errorf("the service was asked %d times by the machine", asked.Load())
 		}
 		return nil
 	}); err != nil {
-		t.Fatal(err)
-	}
-	if err := node.Handle.LinkDel(node.Link("pvm")); err != nil {
 		t.Fatal(err)
 	}
 
@@ -409,6 +390,31 @@ func TestMetadataService(t *testing.T) {
 	}
 	if err := pod.Remove(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+// askBeside connects from a machine beside the pod VM, on the same network, which is gone
+// afterwards.
+func askBeside(ctx context.Context, t *testing.T, node *nstest.NS, service string) {
+	t.Helper()
+	machine := nstest.New(t, "machine")
+	node.Veth("pvm", machine, "u0")
+	if err := node.Handle.LinkSetMaster(node.Link("pvm"), node.Link(underlay)); err != nil {
+		t.Fatal(err)
+	}
+	machine.Addr("u0", "192.168.213.99/24")
+	machine.Route("169.254.0.0/16", "", "u0")
+	if err := machine.Try(func() error {
+		c, err := (&net.Dialer{Timeout: 20 * time.Second}).DialContext(ctx, "tcp", service)
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}); err != nil {
+		t.Fatalf("a machine on the VM's network: %v", err)
+	}
+	if err := node.Handle.LinkDel(node.Link("pvm")); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -48,6 +48,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "/etc/cni/net.d"
+    max_conf_num = %[2]d
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
     default_runtime_name = "runc"
@@ -82,6 +83,7 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.bl
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     bin_dirs = ["/usr/lib/cni"]
     conf_dir = "/etc/cni/net.d"
+    max_conf_num = %[2]d
   [plugins.'io.containerd.cri.v1.runtime'.containerd]
     default_runtime_name = "runc"
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
@@ -109,7 +111,7 @@ func (b *Bed) writeConfig() error {
 	if b.Generation.V2 {
 		config, plugin = containerd2Config, "io.containerd.cri.v1.runtime"
 	}
-	text := fmt.Sprintf(config, b.Out)
+	text := fmt.Sprintf(config, b.Out, max(len(b.Networks), 1))
 	handlers := map[string]string{Handler: HandlerType}
 	maps.Copy(handlers, b.Handlers)
 	for _, name := range slices.Sorted(maps.Keys(handlers)) {
@@ -124,12 +126,18 @@ func (b *Bed) writeConfig() error {
 // StartContainerd starts containerd with a root, state and socket of its own and
 // imports the images.
 func (b *Bed) StartContainerd(ctx context.Context) error {
-	const cni = "/etc/cni/net.d/10-testbed.conflist"
-	if err := os.MkdirAll(filepath.Dir(cni), 0o755); err != nil {
+	const dir = "/etc/cni/net.d"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile(cni, []byte(cniConfig), 0o644); err != nil {
-		return err
+	networks := b.Networks
+	if len(networks) == 0 {
+		networks = []string{cniConfig}
+	}
+	for i, text := range networks {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d-testbed.conflist", 10+i)), []byte(text), 0o644); err != nil {
+			return err
+		}
 	}
 	if err := b.RestartContainerd(ctx); err != nil {
 		return err

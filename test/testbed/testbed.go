@@ -37,6 +37,9 @@ type Bed struct {
 	Generation Generation
 	// Handlers are further handlers of containerd, each with its runtime's type.
 	Handlers map[string]string
+	// Networks are CNI configurations, one for each interface of a pod: eth0, eth1 and
+	// so on. Empty: one plain bridge. Set it before StartContainerd.
+	Networks []string
 	// AdaptorEnv is added to the adaptor's configuration.
 	AdaptorEnv []string
 	// Simulated pods have no virtual machine: the adaptor is simadaptor, whose
