@@ -19,6 +19,11 @@ import (
 	"github.com/kata-remote/kata-remote/shim/spec"
 )
 
+// guestMiB is what a machine has beside the limits of its pod's containers, where no
+// annotation says otherwise: for its kernel, the agent and the containers' root file
+// systems. kata's runtime adds its configuration's default_memory in this place.
+const guestMiB = 512
+
 // initDataMax bounds what cc_init_data may unpack to.
 const initDataMax = 1 << 20
 
@@ -57,6 +62,9 @@ func vmAnnotations(s *specs.Spec, role spec.Role, id string) (map[string]string,
 		base, err := decimal(in, key)
 		if err != nil {
 			return nil, err
+		}
+		if key == annotation.DefaultMemory && in[key] == "" && more > 0 {
+			base = guestMiB
 		}
 		out[key] = strconv.FormatUint(base+more, 10)
 	}

@@ -68,7 +68,7 @@ func TestAnnotations(t *testing.T) {
 		"requests": {spec.RoleSandbox, map[string]string{annotation.SandboxCPUQuota: "-1", annotation.SandboxCPUPeriod: "100000", annotation.SandboxCPUShares: "1500"}, &specs.Linux{}, map[string]string{annotation.DefaultVCPUs: "2"}},
 		"none":     {spec.RoleSandbox, map[string]string{annotation.SandboxCPUShares: "2"}, &specs.Linux{}, nil},
 		"CRI-O":    {spec.RoleSandbox, map[string]string{annotation.CRIOSandboxName: "web", annotation.CRIOSandboxNamespace: "shop"}, &specs.Linux{}, map[string]string{annotation.SandboxName: "web", annotation.SandboxNamespace: "shop"}},
-		"single":   {spec.RoleSingle, nil, limits(50000, 100000, 64<<20), map[string]string{annotation.SandboxName: "id", annotation.SandboxNamespace: "default", annotation.DefaultVCPUs: "1", annotation.DefaultMemory: "64"}},
+		"single":   {spec.RoleSingle, nil, limits(50000, 100000, 64<<20), map[string]string{annotation.SandboxName: "id", annotation.SandboxNamespace: "default", annotation.DefaultVCPUs: "1", annotation.DefaultMemory: "576"}},
 		"initdata": {spec.RoleSandbox, map[string]string{annotation.InitData: base64.StdEncoding.EncodeToString(z.Bytes())}, &specs.Linux{}, map[string]string{annotation.InitData: "version = \"0.1.0\""}},
 	} {
 		want := map[string]string{}

@@ -136,7 +136,7 @@ func TestSandboxAPI(t *testing.T) {
 	}
 	e.must(e.startSandbox())
 	vm := e.adaptor.VM("pod")
-	want := map[string]string{annotation.SandboxName: "web", annotation.SandboxNamespace: "shop", annotation.MachineType: "m5.large", annotation.DefaultVCPUs: "2", annotation.DefaultMemory: "256"}
+	want := map[string]string{annotation.SandboxName: "web", annotation.SandboxNamespace: "shop", annotation.MachineType: "m5.large", annotation.DefaultVCPUs: "2", annotation.DefaultMemory: "768"}
 	for k, v := range want {
 		if vm.GetAnnotations()[k] != v {
 			t.Errorf("CreateVM: %s is %q, want %q", k, vm.GetAnnotations()[k], v)
