@@ -121,6 +121,10 @@ func (s *Scenario) checkEnd(ctx context.Context) (string, error) {
 
 func (s *Scenario) endChecks() []e2e.Check {
 	return []e2e.Check{
+		{Name: "they are created", Run: func(ctx context.Context) (string, error) {
+			_, err := s.Cluster.KubectlIn(ctx, expand(ends), "-n", namespace, "apply", "-f", "-")
+			return "", err
+		}},
 		{Name: "a container that takes more memory than its limit is OOMKilled", Run: func(ctx context.Context) (string, error) {
 			pod, err := s.await(ctx, "greedy", phase("Failed"))
 			if err != nil {
@@ -169,6 +173,10 @@ func (s *Scenario) endChecks() []e2e.Check {
 			if err := s.awaitJob(ctx, "late", "Failed", "DeadlineExceeded"); err != nil {
 				return "", err
 			}
+			// It ran: a pod that waits for room is ended, too, and shows nothing.
+			if out := s.allEvents(ctx, "Started"); !strings.Contains(out, "late-") {
+				return "", fmt.Errorf("its container was never started: %s", out)
+			}
 			return "", s.poll(ctx, func(ctx context.Context) error {
 				pods, err := s.pods(ctx, "late")
 				if err == nil && len(pods) > 0 {
@@ -178,6 +186,19 @@ func (s *Scenario) endChecks() []e2e.Check {
 			})
 		}},
 	}
+}
+
+// allEvents names the objects that the namespace's events of a reason are about.
+func (s *Scenario) allEvents(ctx context.Context, reason string) string {
+	var list cluster.EventList
+	if err := s.get(ctx, "events?fieldSelector=reason%3D"+reason, &list); err != nil {
+		return err.Error()
+	}
+	var names []string
+	for _, e := range list.Items {
+		names = append(names, e.InvolvedObject.Name)
+	}
+	return strings.Join(names, " ")
 }
 
 // awaitJob waits for a job's condition.

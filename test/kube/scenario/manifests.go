@@ -27,10 +27,11 @@ spec:
   containers: [{name: main, image: "AGNHOST", args: [netexec], readinessProbe: {httpGet: {path: /hostname, port: 8080}}}]
 `)
 
-// workloads are all that the checks look at. They start together: what a node with
-// work to do is like.
+// workloads are what most checks look at. They start together: what a node with work
+// to do is like. ends come later, and refused one by one: a node of two processors
+// carries eight machines.
 func workloads() string {
-	return expand(deployment + containers + ends + refused)
+	return expand(deployment + containers + early)
 }
 
 const deployment = `apiVersion: apps/v1
@@ -107,8 +108,8 @@ spec:
 ---
 `
 
-// ends: pods and jobs that end, each in its way.
-const ends = `apiVersion: v1
+// early: what takes its time to end.
+const early = `apiVersion: v1
 kind: Pod
 metadata: {name: message}
 spec:
@@ -118,7 +119,23 @@ spec:
   - {name: file, image: "BUSYBOX", command: [sh, -c, "printf 'the reason' > /dev/termination-log; exit 3"]}
   - {name: log, image: "BUSYBOX", terminationMessagePolicy: FallbackToLogsOnError, command: [sh, -c, "echo the last words; exit 4"]}
 ---
-apiVersion: v1
+apiVersion: batch/v1
+kind: Job
+metadata: {name: late}
+spec:
+  activeDeadlineSeconds: 120
+  template:
+    metadata: {labels: {app: late}}
+    spec:
+      runtimeClassName: CLASS
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 1
+      containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]
+---
+`
+
+// ends: pods and jobs that end, each in its way.
+const ends = `apiVersion: v1
 kind: Pod
 metadata: {name: greedy}
 spec:
@@ -152,42 +169,22 @@ spec:
       restartPolicy: Never
       containers: [{name: main, image: "BUSYBOX", command: [sh, -c, "echo boot $(cat /proc/sys/kernel/random/boot_id)"]}]
 ---
-apiVersion: batch/v1
-kind: Job
-metadata: {name: late}
-spec:
-  activeDeadlineSeconds: 20
-  template:
-    metadata: {labels: {app: late}}
-    spec:
-      runtimeClassName: CLASS
-      restartPolicy: Never
-      terminationGracePeriodSeconds: 1
-      containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]
----
 `
 
-// refused: pods that name things of the node.
-const refused = `apiVersion: v1
-kind: Pod
-metadata: {name: wants-network}
-spec: {runtimeClassName: CLASS, hostNetwork: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: wants-processes}
-spec: {runtimeClassName: CLASS, hostPID: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: wants-ipc}
-spec: {runtimeClassName: CLASS, hostIPC: true, containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"]}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: wants-path}
-spec:
-  runtimeClassName: CLASS
-  volumes: [{name: etc, hostPath: {path: /etc}}]
-  containers: [{name: main, image: "BUSYBOX", command: [sleep, "3600"], volumeMounts: [{name: etc, mountPath: /node-etc}]}]
-`
+// refused: pods that name things of the node, by the words that their events say.
+var refused = []struct{ name, spec, words string }{
+	{"wants-network", "hostNetwork: true", "hostNetwork is not possible"},
+	{"wants-processes", "hostPID: true", "hostPID is not possible"},
+	{"wants-ipc", "hostIPC: true", "hostIPC is not possible"},
+	{"wants-path", "volumes: [{name: etc, hostPath: {path: /etc}}]", "/node-etc"},
+}
+
+// refusedPod is the manifest of one of them.
+func refusedPod(name, spec string) string {
+	mounts := ""
+	if name == "wants-path" {
+		mounts = ", volumeMounts: [{name: etc, mountPath: /node-etc}]"
+	}
+	return expand("apiVersion: v1\nkind: Pod\nmetadata: {name: " + name + "}\nspec:\n  runtimeClassName: CLASS\n  terminationGracePeriodSeconds: 1\n  " + spec +
+		"\n  containers: [{name: main, image: \"BUSYBOX\", command: [sleep, \"3600\"]" + mounts + "}]\n")
+}

@@ -16,37 +16,38 @@ import (
 )
 
 func (s *Scenario) nodeChecks() []e2e.Check {
-	return []e2e.Check{
+	checks := []e2e.Check{
 		{Name: "the kubelet reports processor time, memory and network of a pod", Run: s.checkStats},
-		{Name: "a pod with hostNetwork is refused, and its event says why", Run: s.refusal("wants-network", "hostNetwork is not possible")},
-		{Name: "a pod with hostPID is refused, and its event says why", Run: s.refusal("wants-processes", "hostPID is not possible")},
-		{Name: "a pod with hostIPC is refused, and its event says why", Run: s.refusal("wants-ipc", "hostIPC is not possible")},
-		{Name: "a pod with a hostPath folder is refused, and its event names it", Run: s.refusal("wants-path", "/node-etc")},
-		{Name: "kubectl drain evicts them all, and after uncordon the Deployment is back", Run: s.checkDrain},
 	}
+	for _, r := range refused {
+		checks = append(checks, e2e.Check{Name: "a pod that " + strings.ReplaceAll(r.name, "-", " the node's ") + " is refused, and its event says why",
+			Run: func(ctx context.Context) (string, error) { return s.checkRefused(ctx, r.name, r.spec, r.words) }})
+	}
+	return append(checks, e2e.Check{Name: "kubectl drain evicts them all, and after uncordon the Deployment is back", Run: s.checkDrain})
 }
 
-// refusal looks for what the pod's events say.
-func (s *Scenario) refusal(pod, words string) func(context.Context) (string, error) {
-	return func(ctx context.Context) (string, error) {
-		var said string
-		err := s.poll(ctx, func(ctx context.Context) error {
-			if said = s.events(ctx, pod); !strings.Contains(said, words) {
-				return fmt.Errorf("no event of pod %s says %q:%s", pod, words, said)
-			}
-			return nil
-		})
-		if err != nil {
-			return "", err
-		}
-		for line := range strings.Lines(said) {
-			if strings.Contains(line, words) {
-				said = line
-			}
-		}
-		_, err = s.kubectl(ctx, "delete", "pod", pod, "--grace-period=1")
-		return strings.TrimSpace(said), err
+// checkRefused creates a pod and looks for what its events say.
+func (s *Scenario) checkRefused(ctx context.Context, pod, spec, words string) (string, error) {
+	if _, err := s.Cluster.KubectlIn(ctx, refusedPod(pod, spec), "-n", namespace, "apply", "-f", "-"); err != nil {
+		return "", err
 	}
+	var said string
+	err := s.poll(ctx, func(ctx context.Context) error {
+		if said = s.events(ctx, pod); !strings.Contains(said, words) {
+			return fmt.Errorf("no event of pod %s says %q:%s", pod, words, said)
+		}
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(said) {
+		if strings.Contains(line, words) {
+			said = line
+		}
+	}
+	_, err = s.kubectl(ctx, "delete", "pod", pod)
+	return strings.TrimSpace(said), err
 }
 
 func (s *Scenario) checkStats(ctx context.Context) (string, error) {

@@ -65,7 +65,7 @@ func (s *Scenario) deploymentChecks() []e2e.Check {
 		}},
 		{Name: "kubectl exec carries standard input and returns the exit code", Run: s.checkExec},
 		{Name: "kubectl attach carries standard input to process 1", Run: func(ctx context.Context) (string, error) {
-			out, err := s.Cluster.KubectlIn(ctx, "spoken to\n", "-n", namespace, "run", "talk", "-i", "--quiet", "--rm", "--restart=Never",
+			out, err := s.Cluster.KubectlIn(ctx, "spoken to\n", "-n", namespace, "run", "talk", "-i", "--quiet", "--rm", "--restart=Never", "--pod-running-timeout="+checkTimeout.String(),
 				"--image="+expand("BUSYBOX"), "--overrides="+expand(`{"spec":{"runtimeClassName":"CLASS"}}`), "--", "sh", "-c", "read line; echo \"heard: $line\"; exit 0")
 			if err == nil && !strings.Contains(out, "heard: spoken to") {
 				err = fmt.Errorf("output is %q", out)
