@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -110,7 +111,7 @@ func TestFollowHastyWriter(t *testing.T) {
 					select {
 					case <-stop:
 						return
-					default:
+					case <-time.After(time.Millisecond): // leaves the others a processor
 					}
 					n, err := volumetest.Whole(p.content(at))
 					if err == nil && n < last {

@@ -70,6 +70,9 @@ func classify(n *node, m specs.Mount, features extension.Set) (Volume, error) {
 	if err != nil {
 		return v, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
+	if len(m.UIDMappings)+len(m.GIDMappings) > 0 {
+		return v, refuse(m, fi, "its owners are to be mapped for a user namespace of the node", "remove hostUsers: false from the pod; a pod VM has users of its own anyway")
+	}
 	if propagates(m) {
 		return v, refuse(m, fi, "mount propagation needs one", "remove mountPropagation from the volume mount")
 	}

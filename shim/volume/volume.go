@@ -307,6 +307,7 @@ func (s *Set) Release(container string) {
 		return
 	}
 	remove := h.paths
+	var ending []*follower
 	for _, f := range h.followers {
 		if f.refs--; f.refs > 0 {
 			continue
@@ -314,6 +315,7 @@ func (s *Set) Release(container string) {
 		delete(s.followers, f.source)
 		if f.stop != nil {
 			f.stop()
+			ending = append(ending, f)
 			remove = append(remove, f.path)
 		}
 	}
@@ -322,6 +324,9 @@ func (s *Set) Release(container string) {
 		return
 	}
 	s.wg.Go(func() {
+		for _, f := range ending {
+			<-f.ended // what it sends must not come after the removal
+		}
 		for _, path := range remove {
 			err := h.conn.PodVM(s.run, func(ctx context.Context, vm podvmpb.PodVMClient) error {
 				_, err := vm.RemoveVolume(ctx, &podvmpb.RemoveVolumeRequest{Path: path})
@@ -332,13 +337,6 @@ func (s *Set) Release(container string) {
 			}
 		}
 	})
-}
-
-// Held tells how many directories of the node are followed, for tests and logs.
-func (s *Set) Held() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.followers)
 }
 
 // propagates tells whether a mount asks for mount propagation.

@@ -157,7 +157,7 @@ func TestSubPathOrigin(t *testing.T) {
 	if files, _ := p.agent.Volume(dir); string(files["one"].Data) != "1" {
 		t.Errorf("directory: %v", files)
 	}
-	if p.set.Held() != 0 {
+	if len(p.set.followers) != 0 {
 		t.Error("a subPath is followed")
 	}
 	stock := newPod(t, &agenttest.Agent{})
@@ -246,6 +246,7 @@ func TestRefused(t *testing.T) {
 		"missing":     {bind("/nonesuch", "/host"), "no such file"},
 		"propagation": {bind(dir, "/host", "ro", "rslave"), "mountPropagation"},
 		"shared":      {bind(cache, "/host", "rshared"), "mountPropagation"},
+		"mapped ids":  {specs.Mount{Type: "bind", Source: cache, Destination: "/host", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}, "user namespace"},
 		"not empty":   {bind(full, "/host"), "has files on the node"},
 	} {
 		_, err := p.plan("app", c.mount)
