@@ -141,6 +141,43 @@ func TestRemoveDuringPull(t *testing.T) {
 	must[any](t)(g.DestroySandbox(g.ctx(), &agentpb.DestroySandboxRequest{}))
 }
 
+// A runtime whose connection breaks during a pull calls again and gets its container.
+func TestConnectionBreaksDuringPull(t *testing.T) {
+	began, goOn := make(chan struct{}, 8), make(chan struct{})
+	host := imageRegistry(t, func(r *http.Request) {
+		began <- struct{}{}
+		select {
+		case <-goOn:
+		case <-r.Context().Done():
+		}
+	})
+	g := newGuest(t)
+	g.sandbox()
+	first := g.dial()
+	done := make(chan error, 2)
+	create := func(c *client) {
+		_, err := c.CreateContainer(g.ctx(), g.pulled("c1", host+"/box:1", "exit 3"))
+		done <- err
+	}
+	go create(first)
+	<-began
+	go create(g.client)
+	first.close()
+	if err := <-done; err == nil {
+		t.Error("one call succeeded before the image was there")
+	}
+	close(goOn)
+	// The agent may have finished for the first caller before it saw it leave.
+	if err := <-done; err != nil && class(err) != errdefs.ErrAlreadyExists {
+		t.Fatal(err)
+	}
+	g.start("c1")
+	if got := g.wait("c1", "c1"); got != 3 {
+		t.Errorf("status %d", got)
+	}
+	g.remove("c1")
+}
+
 // The sandbox container as a stock runtime sends it where images are pulled runs the
 // agent's own program, and nothing is pulled for it.
 func TestPauseIsNotPulled(t *testing.T) {

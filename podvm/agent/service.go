@@ -82,17 +82,7 @@ func (a *Agent) createContainer(ctx context.Context, req *agentpb.CreateContaine
 	defer c.unlock()
 	ctx, c.abandon = context.WithCancel(ctx)
 	defer c.abandon()
-	a.mu.Lock()
-	sb := a.sandbox
-	switch {
-	case sb == nil || sb.ending || a.closed:
-		err = fmt.Errorf("container %s: there is no sandbox; call CreateSandbox first: %w", c.id, errdefs.ErrFailedPrecondition)
-	case a.containers[c.id] != nil:
-		err = fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
-	default:
-		a.containers[c.id] = c
-	}
-	a.mu.Unlock()
+	sb, err := a.takeID(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -112,6 +102,35 @@ func (a *Agent) createContainer(ctx context.Context, req *agentpb.CreateContaine
 	}
 	a.log.Info("container created", logkey.Container, c.id, logkey.Duration, time.Since(began).Milliseconds())
 	return nil
+}
+
+// takeID makes the container known and returns the sandbox it is to be in. Where one
+// of that id is being created it waits for the outcome: a runtime whose connection
+// broke calls again while the first call may not have noticed yet, and takes
+// AlreadyExists for success.
+func (a *Agent) takeID(ctx context.Context, c *container) (*sandbox, error) {
+	for {
+		a.mu.Lock()
+		sb, have := a.sandbox, a.containers[c.id]
+		gone := sb == nil || sb.ending || a.closed
+		if !gone && have == nil {
+			a.containers[c.id] = c
+		}
+		a.mu.Unlock()
+		switch {
+		case gone:
+			return nil, fmt.Errorf("container %s: there is no sandbox; call CreateSandbox first: %w", c.id, errdefs.ErrFailedPrecondition)
+		case have == nil:
+			return sb, nil
+		}
+		if _, err := have.in(StateCreating); err != nil {
+			return nil, fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
+		}
+		if err := have.lock(ctx); err != nil {
+			return nil, err
+		}
+		have.unlock()
+	}
 }
 
 // checkCreate refuses what this agent would otherwise ignore.
