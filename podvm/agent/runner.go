@@ -119,7 +119,10 @@ func (r *libRunner) first() (residence, error) {
 	if err != nil {
 		return residence{}, err
 	}
-	cg, err := manager.NewWithPaths(r.cfg.Cgroups, st.CgroupPaths)
+	// A copy: the manager keeps in it what it sets, and libcontainer's own would no
+	// longer start processes after an update.
+	own := *r.cfg.Cgroups
+	cg, err := manager.NewWithPaths(&own, st.CgroupPaths)
 	if err != nil {
 		return residence{}, fmt.Errorf("find the cgroup: %w", err)
 	}

@@ -49,7 +49,7 @@ var binDir string
 // podvmd builds the program once, as the image has it.
 var podvmd = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(binDir, "podvmd")
-	cmd := exec.Command("go", "build", "-trimpath", "-tags", "netgo,osusergo", "-ldflags", "-s -w -extldflags -static", "-o", path,
+	cmd := exec.Command("go", "build", "-trimpath", "-tags", "netgo,osusergo,seccomp", "-ldflags", "-s -w -extldflags -static", "-o", path,
 		"github.com/kata-remote/kata-remote/podvm/cmd/podvmd")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=1")
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -239,22 +240,18 @@ func rename(h *netlink.Handle, link netlink.Link, name string) error {
 	return nil
 }
 
-// setAddresses adds the addresses that are missing and then removes those that are
-// not wanted, but for the link-local ones of IPv6, which the kernel gave.
+// setAddresses adds the addresses that are missing and removes those that are not
+// wanted, but for the link-local ones of IPv6, which the kernel gave.
 func setAddresses(h *netlink.Handle, link netlink.Link, want []*netlink.Addr) error {
+	if err := addMissing(h, link, want); err != nil {
+		return err
+	}
 	have, err := h.AddrList(link, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list the addresses of %s: %w", link.Attrs().Name, err)
 	}
-	keep := map[string]bool{}
-	for _, a := range want {
-		keep[a.IPNet.String()] = true
-		if err := h.AddrReplace(link, a); err != nil {
-			return fmt.Errorf("add address %s to interface %s: %w", a.IPNet, link.Attrs().Name, classed(err))
-		}
-	}
 	for _, a := range have {
-		if keep[a.IPNet.String()] || a.IP.To4() == nil && a.IP.IsLinkLocalUnicast() {
+		if hasAddress(want, a) || a.IP.To4() == nil && a.IP.IsLinkLocalUnicast() {
 			continue
 		}
 		// It may be gone: the second address of a network goes with the first.
@@ -262,13 +259,29 @@ func setAddresses(h *netlink.Handle, link netlink.Link, want []*netlink.Addr) er
 			return fmt.Errorf("remove address %s from interface %s: %w", a.IPNet, link.Attrs().Name, err)
 		}
 	}
-	// Removing a first address may have taken a wanted one of the same network.
+	// And a wanted one may have gone that way.
+	return addMissing(h, link, want)
+}
+
+// addMissing leaves an address that is there as it is, with its routes or without.
+func addMissing(h *netlink.Handle, link netlink.Link, want []*netlink.Addr) error {
+	have, err := h.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list the addresses of %s: %w", link.Attrs().Name, err)
+	}
 	for _, a := range want {
-		if err := h.AddrReplace(link, a); err != nil {
+		if slices.ContainsFunc(have, func(b netlink.Addr) bool { return hasAddress([]*netlink.Addr{a}, b) }) {
+			continue
+		}
+		if err := h.AddrAdd(link, a); err != nil {
 			return fmt.Errorf("add address %s to interface %s: %w", a.IPNet, link.Attrs().Name, classed(err))
 		}
 	}
 	return nil
+}
+
+func hasAddress(list []*netlink.Addr, a netlink.Addr) bool {
+	return slices.ContainsFunc(list, func(b *netlink.Addr) bool { return a.IPNet.String() == b.IPNet.String() })
 }
 
 // AddNeighbors adds entries to the pod's neighbour tables, permanent ones unless they
