@@ -48,7 +48,7 @@ func (s *Store) install(v *volume, name string, u *upload) (err error) {
 	if err := ended(u); err != nil {
 		return err
 	}
-	if err := t.unpack(io.NewSectionReader(u.f, 0, int64(u.size))); err != nil {
+	if err := t.unpack(&draining{f: u.f, size: int64(u.size)}); err != nil {
 		return err
 	}
 	if v.revision == 0 {
@@ -83,6 +83,31 @@ func (s *Store) install(v *volume, name string, u *upload) (err error) {
 
 func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+}
+
+// draining reads an archive and gives its memory back as it goes: the archive and what
+// is unpacked from it need not both fit into the store.
+type draining struct {
+	f                 *os.File
+	at, size, drained int64
+}
+
+// drainEach is how much is given back at a time, bytes.
+const drainEach = 64 << 10
+
+func (d *draining) Read(b []byte) (int, error) {
+	n, err := d.f.ReadAt(b[:min(int64(len(b)), d.size-d.at)], d.at)
+	d.at += int64(n)
+	if d.at-d.drained >= drainEach {
+		if err := unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, d.drained, d.at-d.drained); err != nil {
+			return n, fmt.Errorf("give the archive's memory back: %w", err)
+		}
+		d.drained = d.at
+	}
+	if d.at == d.size && n == 0 {
+		err = io.EOF
+	}
+	return n, err
 }
 
 // ended checks for the two empty blocks that end an archive: one that lacks its end
