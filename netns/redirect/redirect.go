@@ -11,7 +11,13 @@
 //
 // Exceptions on the way into the tunnel, where Pair asks for them: IP packets larger
 // than the tunnel's MTU, and copies of the answers of neighbour discovery, go up the
-// namespace's IP stack; package vxlan tells why.
+// namespace's IP stack; package vxlan tells why. So do IP packets in frames that bear
+// the pod's own address as their sender's. A bridge that translates the destination of
+// a pod's packet to the pod itself, as it does when a pod asks the service it is an
+// endpoint of, sends them: it changes no sender. The tunnel's guest end has that
+// address too, and vxlan drops what comes from its own (vxlan_set_mac in
+// drivers/net/vxlan/vxlan_core.c; seen with Linux 6.1, 2026-11-21). The stack sends
+// them on with the tunnel's address.
 package redirect
 
 import (
@@ -31,8 +37,9 @@ type Pair struct {
 	Pod, Tunnel string
 	// MTU is the largest IP packet, in bytes, that is redirected from Pod to Tunnel.
 	MTU int
-	// IPv4 and IPv6 tell for which versions larger packets go up the IP stack
-	// instead; without, they are redirected too.
+	// IPv4 and IPv6 tell for which versions larger packets, and those that a bridge
+	// sends back to the pod, go up the IP stack instead; without, they are redirected
+	// too.
 	IPv4, IPv6 bool
 }
 
@@ -41,9 +48,9 @@ const (
 	prefNeighbor4 = 40001 + iota // ARP replies: to the tunnel and up the stack
 	prefNeighbor6                // neighbour and router advertisements: likewise
 	prefDirect4                  // multicast and broadcast: redirected at any size
-	prefLarge4                   // IPv4 above the MTU: up the stack
+	prefLarge4                   // IPv4 above the MTU, or from the pod's own address: up the stack
 	prefDirect6                  // multicast and link-local: redirected at any size
-	prefLarge6                   // IPv6 above the MTU: up the stack
+	prefLarge6                   // IPv6 likewise
 	prefAll                      // everything else: redirected
 )
 
@@ -91,7 +98,7 @@ func Ensure(ctx context.Context, h *netlink.Handle, p Pair) ([]string, error) {
 		want []rule
 	}{
 		{tunnel, []rule{{pref: prefAll, protocol: unix.ETH_P_ALL, keys: matchAll, verdict: redirect, to: pod.Attrs().Index}}},
-		{pod, p.podRules(tunnel.Attrs().Index)},
+		{pod, p.podRules(tunnel.Attrs().Index, pod.Attrs().HardwareAddr)},
 	} {
 		if err := ctx.Err(); err != nil {
 			return changes, err

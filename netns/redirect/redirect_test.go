@@ -54,7 +54,7 @@ func pair(t *testing.T) (*nstest.NS, Pair) {
 
 // asked is what Ensure asks the kernel for, in the kernel's order.
 func asked(p Pair, ns *nstest.NS) []rule {
-	rules := p.podRules(ns.Link(p.Tunnel).Attrs().Index)
+	rules := p.podRules(ns.Link(p.Tunnel).Attrs().Index, ns.Link(p.Pod).Attrs().HardwareAddr)
 	slices.SortStableFunc(rules, func(a, b rule) int { return int(a.pref) - int(b.pref) })
 	return rules
 }

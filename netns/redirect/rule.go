@@ -3,6 +3,8 @@
 package redirect
 
 import (
+	"encoding/binary"
+	"net"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -40,8 +42,9 @@ func (r rule) equal(o rule) bool {
 	return r.pref == o.pref && r.protocol == o.protocol && r.verdict == o.verdict && r.to == o.to && slices.Equal(r.keys, o.keys)
 }
 
-// podRules are the filters for what arrives at the pod's interface.
-func (p Pair) podRules(tunnel int) []rule {
+// podRules are the filters for what arrives at the pod's interface, whose address is
+// mac.
+func (p Pair) podRules(tunnel int, mac net.HardwareAddr) []rule {
 	to := func(pref, protocol uint16, v verdict, keys ...key) rule {
 		return rule{pref: pref, protocol: protocol, keys: keys, verdict: v, to: tunnel}
 	}
@@ -49,7 +52,11 @@ func (p Pair) podRules(tunnel int) []rule {
 		return rule{pref: pref, protocol: protocol, keys: keys, verdict: passUp}
 	}
 	var out []rule
+	own := fromOwn(mac)
 	if p.IPv4 {
+		if own != nil {
+			out = append(out, up(prefLarge4, unix.ETH_P_IP, own...))
+		}
 		out = append(out,
 			to(prefNeighbor4, unix.ETH_P_ARP, copyUp, key{4, 0x0000ffff, 2}),          // operation: reply
 			to(prefDirect4, unix.ETH_P_IP, redirect, key{16, 0xf0000000, 0xe0000000}), // to 224.0.0.0/4
@@ -60,6 +67,9 @@ func (p Pair) podRules(tunnel int) []rule {
 		}
 	}
 	if p.IPv6 {
+		if own != nil {
+			out = append(out, up(prefLarge6, unix.ETH_P_IPV6, own...))
+		}
 		icmp := key{4, 0x0000ff00, unix.IPPROTO_ICMPV6 << 8} // next header
 		out = append(out,
 			to(prefNeighbor6, unix.ETH_P_IPV6, copyUp, icmp, key{40, 0xff000000, 136 << 24}), // neighbour advertisement
@@ -73,6 +83,18 @@ func (p Pair) podRules(tunnel int) []rule {
 		}
 	}
 	return append(out, rule{pref: prefAll, protocol: unix.ETH_P_ALL, keys: matchAll, verdict: redirect, to: tunnel})
+}
+
+// fromOwn matches frames whose sender is mac itself; nil where it is no Ethernet
+// address. The Ethernet header ends where the network header begins.
+func fromOwn(mac net.HardwareAddr) []key {
+	if len(mac) != 6 {
+		return nil
+	}
+	return []key{
+		{-8, 0xffffffff, binary.BigEndian.Uint32(mac[:4])},
+		{-4, 0xffff0000, uint32(binary.BigEndian.Uint16(mac[4:])) << 16},
+	}
 }
 
 const ipv6Header = 40 // bytes; the payload length does not count it
