@@ -68,7 +68,8 @@ func Remove(ctx context.Context, path string) error {
 		}
 		return nil
 	})
-	if errdefs.IsNotFound(err) {
+	// A plain file where a namespace was mounted means that it was unmounted.
+	if errdefs.IsNotFound(err) || errdefs.IsInvalidArgument(err) {
 		return nil
 	}
 	return err

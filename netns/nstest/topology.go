@@ -39,6 +39,20 @@ var (
 	PeerAddr6         = netip.MustParseAddr("fd30::6")
 )
 
+// UnderlayMTU sets the MTU of the network between the machines.
+func (top *Topology) UnderlayMTU(mtu int) {
+	for _, n := range []*NS{top.Node, top.VM, top.Stranger} {
+		n.PairMTU("u0", top.fabric, mtu)
+	}
+}
+
+// CNIMTU sets the MTU of the pods' network.
+func (top *Topology) CNIMTU(mtu int) {
+	for _, n := range []*NS{top.Pod, top.Peer} {
+		n.PairMTU("eth0", top.Node, mtu)
+	}
+}
+
 // NewTopology makes one. All MTUs are 1500.
 func NewTopology(t testing.TB) *Topology {
 	t.Helper()

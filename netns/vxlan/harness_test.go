@@ -106,13 +106,19 @@ func (b *testbed) up() {
 // serve answers HTTP with body on an address of ns until the test ends.
 func serve(t *testing.T, ns *nstest.NS, addr netip.Addr, body string) string {
 	t.Helper()
+	return serveTo(t, ns, addr, body, func(r io.Reader) { io.Copy(io.Discard, r) })
+}
+
+// serveTo is serve that gives what is posted to take.
+func serveTo(t *testing.T, ns *nstest.NS, addr netip.Addr, body string, take func(io.Reader)) string {
+	t.Helper()
 	var l net.Listener
 	ns.Do(func() (err error) {
 		l, err = net.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
 		return err
 	})
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
+		take(r.Body)
 		io.WriteString(w, body)
 	})}
 	done := make(chan struct{})
