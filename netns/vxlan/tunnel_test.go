@@ -6,11 +6,14 @@ import (
 	"bytes"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-remote/kata-remote/netns"
 	"github.com/kata-remote/kata-remote/netns/nstest"
@@ -96,4 +99,62 @@ func TestPodSeesWhatCNIMade(t *testing.T) {
 	if d := cmp.Diff(want, got, cmp.Comparer(equalAddr), cmp.Comparer(equalPrefix)); d != "" {
 		t.Errorf("guest differs from the CNI's interface (-node +guest):\n%s", d)
 	}
+}
+
+// TestLinkLocal: the pod has one link-local address, that of its MAC address, which
+// nobody's duplicate address detection takes away, though the interface on the node has
+// the same one and the bridge sends the pod's own packets back (hairpin). Neighbours find
+// each other by it, both ways.
+func TestLinkLocal(t *testing.T) {
+	b := newTestbed(t, false)
+	port, err := b.Node.Handle.LinkByIndex(b.Pod.Link("eth0").Attrs().ParentIndex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Node.Handle.LinkSetHairpin(port, true); err != nil {
+		t.Fatal(err)
+	}
+	b.up()
+	own := linkLocalOf(t, b.Guest, "eth0")
+	if want := linkLocalOf(t, b.Pod, "eth0"); own != want {
+		t.Errorf("the guest has %s, the CNI's interface %s", own, want)
+	}
+	for _, p := range []struct {
+		from, to *nstest.NS
+		at       netip.Addr
+	}{
+		{b.Node, b.Guest, own.WithZone("cni0")},
+		{b.Peer, b.Guest, own.WithZone("eth0")},
+		{b.Guest, b.Node, linkLocalOf(t, b.Node, "cni0").WithZone("eth0")},
+		{b.Guest, b.Peer, linkLocalOf(t, b.Peer, "eth0").WithZone("eth0")},
+	} {
+		_, listening, err := net.SplitHostPort(serve(t, p.to, netip.IPv6Unspecified(), "here"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := reach(p.from, net.JoinHostPort(p.at.String(), listening), answerWithin); err != nil {
+			t.Errorf("%s: %v", p.at, err)
+		}
+	}
+	if again := linkLocalOf(t, b.Guest, "eth0"); again != own {
+		t.Errorf("the guest had %s and has %s", own, again)
+	}
+}
+
+// linkLocalOf waits until an interface has its one link-local address, fit for use.
+func linkLocalOf(t *testing.T, ns *nstest.NS, dev string) netip.Addr {
+	t.Helper()
+	var addrs []netlink.Addr
+	for deadline := time.Now().Add(answerWithin); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		all, err := ns.Handle.AddrList(ns.Link(dev), unix.AF_INET6)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addrs = slices.DeleteFunc(all, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() })
+		if len(addrs) == 1 && addrs[0].Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) == 0 {
+			return addr(addrs[0].IP)
+		}
+	}
+	t.Fatalf("%s has link-local addresses %v", dev, addrs)
+	return netip.Addr{}
 }
