@@ -58,3 +58,11 @@ type Set []string
 
 // Has tells whether the agent has the feature. The nil set has none.
 func (s Set) Has(f Feature) bool { return slices.Contains(s, string(f)) }
+
+// WithoutService are the features that need no call of the extension service.
+func (s Set) WithoutService() Set {
+	if s.Has(Pause) {
+		return Set{string(Pause)}
+	}
+	return nil
+}

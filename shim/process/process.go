@@ -206,15 +206,18 @@ func (p *Process) start(ctx context.Context) error {
 // wait owns the end of a running process. It is ended by the process's end or the
 // guest's, which closes the connection.
 func (p *Process) wait(ctx context.Context) {
+	p.mu.Lock()
+	streams := p.streams
+	p.mu.Unlock()
+	if !p.cfg.Features.Has(extension.Streams) {
+		streams.WaitRead(ctx, drainIdle)
+	}
 	e := p.result(ctx)
 	if p.cfg.Exiting != nil {
 		hctx, cancel := context.WithTimeout(ctx, hookTimeout)
 		p.cfg.Exiting(hctx, e)
 		cancel()
 	}
-	p.mu.Lock()
-	streams := p.streams
-	p.mu.Unlock()
 	if streams.WaitDrained(ctx, drainIdle) {
 		streams.Close()
 	} else {

@@ -31,6 +31,7 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/vmnote"
 	"github.com/kata-remote/kata-remote/shim/config"
 	"github.com/kata-remote/kata-remote/shim/guest"
@@ -240,6 +241,8 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	s.mu.Unlock()
 	actx, cancel := context.WithTimeoutCause(ctx, agentTimeout, fmt.Errorf("the agent did not answer within %s: %w", agentTimeout, context.DeadlineExceeded))
 	defer cancel()
+	passed := make(chan bool, 1)
+	go func() { passed <- extensionPasses(actx, conn) }() // beside what follows: it costs no time
 	if _, err := guest.Agent(actx, conn, agentpb.AgentServiceService.CreateSandbox, s.createRequest(spc)); err != nil {
 		return fmt.Errorf("make the sandbox in the pod VM: %w", err)
 	}
@@ -255,8 +258,12 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	if err != nil {
 		return fmt.Errorf("ask the agent for its features: %w", err)
 	}
+	features := extension.Set(d.GetAgentDetails().GetExtraFeatures())
+	if !<-passed {
+		features = features.WithoutService()
+	}
 	s.mu.Lock()
-	s.features, s.seccomp = d.GetAgentDetails().GetExtraFeatures(), d.GetAgentDetails().GetSupportsSeccomp()
+	s.features, s.seccomp = features, d.GetAgentDetails().GetSupportsSeccomp()
 	s.handlers = d.GetAgentDetails().GetStorageHandlers()
 	s.mu.Unlock()
 	if err := s.move(eventReady); err != nil {
@@ -278,6 +285,17 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 		}
 	})
 	return nil
+}
+
+// extensionPasses tells whether calls of the extension service reach the agent. What an
+// agent advertises passes cloud-api-adaptor, whose own server answers to the calls
+// (0.22, pkg/util/agentproto/redirector.go): those it does not know it refuses.
+func extensionPasses(ctx context.Context, conn *guest.Conn) bool {
+	err := conn.PodVM(ctx, func(ctx context.Context, vm podvmpb.PodVMClient) error {
+		_, err := vm.WriteInput(ctx, &podvmpb.WriteInputRequest{}) // to no process: refused by the agent
+		return err
+	})
+	return !errdefs.IsNotImplemented(err)
 }
 
 // createRequest is what kata's runtime sends (kata-containers 4.1, virtcontainers/kata_agent.go).

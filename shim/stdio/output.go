@@ -56,9 +56,9 @@ func (o *output) copyCalls(ctx context.Context) error {
 		if len(r.Data) == 0 {
 			return nil
 		}
-		o.moved.touch()
+		o.moved.begin()
 		o.write(r.Data)
-		o.moved.touch()
+		o.moved.end()
 	}
 }
 

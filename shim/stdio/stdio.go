@@ -172,14 +172,33 @@ func (s *Stdin) Close() {
 
 // idle tells how long nothing has moved.
 type progress struct {
-	mu   sync.Mutex // guards last
-	last time.Time
+	mu      sync.Mutex // guards the fields below
+	last    time.Time
+	writing int // sinks that have not taken what was written to them
 }
 
 func (p *progress) touch() {
 	p.mu.Lock()
 	p.last = time.Now()
 	p.mu.Unlock()
+}
+
+// begin and end go around a write to a sink.
+func (p *progress) begin() { p.write(1) }
+func (p *progress) end()   { p.write(-1) }
+
+func (p *progress) write(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = time.Now()
+	p.writing += n
+}
+
+// stuck tells whether a sink has not taken anything for d.
+func (p *progress) stuck(d time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.writing > 0 && time.Since(p.last) >= d
 }
 
 func (p *progress) idle() time.Duration {

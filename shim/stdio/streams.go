@@ -47,6 +47,7 @@ type Streams struct {
 	files   *Files
 	cancel  context.CancelFunc
 	moved   progress
+	read    chan struct{} // closed when the agent has nothing more to be read
 	drained chan struct{} // closed when every output stream ended and its FIFO is empty
 	wg      sync.WaitGroup
 }
@@ -55,10 +56,10 @@ type Streams struct {
 // belongs to the Streams from here on.
 func Start(p Process, files *Files) *Streams {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Streams{p: p, files: files, cancel: cancel, drained: make(chan struct{})}
+	s := &Streams{p: p, files: files, cancel: cancel, read: make(chan struct{}), drained: make(chan struct{})}
 	s.moved.touch()
 	streams := p.Features.Has(extension.Streams)
-	var out sync.WaitGroup
+	var in, out sync.WaitGroup
 	outputs := []*output{{}}
 	if !p.Terminal {
 		outputs = append(outputs, &output{stderr: true})
@@ -71,8 +72,11 @@ func Start(p Process, files *Files) *Streams {
 			continue
 		}
 		o.p, o.moved = p, &s.moved
+		in.Add(1)
 		out.Go(func() {
-			if err := o.copy(ctx, streams); err != nil && !ended(err) && !errors.Is(err, guest.ErrDead) {
+			err := o.copy(ctx, streams)
+			in.Done()
+			if err != nil && !ended(err) && !errors.Is(err, guest.ErrDead) {
 				log.G(ctx).WithError(err).WithField("container", p.Container).WithField("exec", p.Exec).Warn("output may be incomplete")
 			}
 			if f, ok := sink.(outFIFO); ok {
@@ -81,6 +85,8 @@ func Start(p Process, files *Files) *Streams {
 		})
 	}
 	s.wg.Go(func() {
+		in.Wait()
+		close(s.read)
 		out.Wait()
 		close(s.drained)
 	})
@@ -99,6 +105,25 @@ func Start(p Process, files *Files) *Streams {
 func (s *Streams) CloseInput() {
 	if s.files.Stdin != nil {
 		s.files.Stdin.CloseWrite()
+	}
+}
+
+// WaitRead returns when the agent has ended all output, when a sink has taken nothing
+// for stuck, or when ctx ends. A kata-agent forgets a process with its output as soon as
+// it has told how the process ended (kata-containers 4.1, src/agent/src/rpc.rs
+// do_wait_process), so it is not to be asked before. It ends the output itself when the
+// process has ended, whoever else holds the pipe.
+func (s *Streams) WaitRead(ctx context.Context, stuck time.Duration) {
+	t := time.NewTicker(drainPoll)
+	defer t.Stop()
+	for !s.moved.stuck(stuck) {
+		select {
+		case <-s.read:
+			return
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
 	}
 }
 
