@@ -82,7 +82,7 @@ func TestSeccomp(t *testing.T) {
 	if details.AgentDetails.SupportsSeccomp != seccomp.Enabled {
 		t.Errorf("supports_seccomp is %v", details.AgentDetails.SupportsSeccomp)
 	}
-	if diff := cmp.Diff([]string{"peerpod.rootfs.v1", "peerpod.streams.v1", "peerpod.pause.v1", "peerpod.volumes.v1"}, details.AgentDetails.ExtraFeatures); diff != "" {
+	if diff := cmp.Diff([]string{"peerpod.rootfs.v1", "peerpod.streams.v1", "peerpod.pause.v1", "peerpod.volumes.v1", "peerpod.forward.v1"}, details.AgentDetails.ExtraFeatures); diff != "" {
 		t.Errorf("features (-want +got):\n%s", diff)
 	}
 	_, err := g.CreateContainer(g.ctx(), &agentpb.CreateContainerRequest{ContainerId: "main", OCI: spec})
