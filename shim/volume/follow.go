@@ -159,9 +159,11 @@ func (f *follower) update(ctx context.Context, watch *subscription, out sender) 
 		return watch.complete(), nil
 	}
 	f.number++
+	start := time.Now()
 	if err := out.send(ctx, f.number, r.archive); err != nil {
 		return false, err
 	}
+	log.G(ctx).WithField(logkey.Volume, f.source).WithField(logkey.Duration, time.Since(start).Milliseconds()).Debugf("revision %d is in the pod VM", f.number)
 	f.sent = r.digest
 	return watch.complete(), nil
 }

@@ -138,7 +138,8 @@ func (v *volumePod) checkConfigMap(ctx context.Context) {
 	if err := v.cfg.Write(volumetest.Numbered(1), 2000); err != nil {
 		v.t.Fatal(err)
 	}
-	v.t.Logf("an update was seen after %v, of which an exec is a part", v.see(ctx, v.one, "cd /etc/cfg; cat a sub/c; ls | tr '\\n' ' '", "11a b of-1 only-1 sub"))
+	took := v.see(ctx, v.one, "cd /etc/cfg; cat a sub/c; ls | tr '\\n' ' '", "11a b of-1 only-1 sub")
+	v.t.Logf("an update was seen after %v; a look at it alone takes %v", took, v.see(ctx, v.one, "cat /etc/cfg/a", "1"))
 	v.see(ctx, v.two, "cat /etc/cfg/only-1", "1")
 	if out := v.exec(ctx, v.one, "ls -d /etc/cfg/..2* | wc -l; readlink /etc/cfg/..data; cat /key"); out != "1\n..2026_11_21_10_00_00.2\n0" {
 		v.t.Errorf("revisions: %q", out)
@@ -201,6 +202,10 @@ func (v *volumePod) checkEmptyDir(ctx context.Context) {
 	if out := v.exec(ctx, v.two, "cat /disk/f /mem/f; stat -c %a:%g /disk /disk/f /mem; rm /disk/f /mem/f"); out != "from one\none\n2777:2000\n644:2000\n1777:0" {
 		v.t.Errorf("shared: %q", out)
 	}
+	// A socket of one container takes what another one sends.
+	v.exec(ctx, v.one, "ln -s /disk/log /dev/log && syslogd -O /disk/messages")
+	v.exec(ctx, v.two, "ln -s /disk/log /dev/log && logger through the socket")
+	v.see(ctx, v.two, "grep -o 'through the socket' /disk/messages", "through the socket")
 	for dir, size := range map[string]int{"/mem": 2048, "/small": 1024} {
 		if out := v.exec(ctx, v.one, fmt.Sprintf("dd if=/dev/zero of=%s/big bs=1k count=%d 2>&1 | grep -o 'No space left'; stat -c %%s %[1]s/big; rm %[1]s/big", dir, 2*size)); out != fmt.Sprintf("No space left\n%d", size<<10) {
 			v.t.Errorf("%s: %q", dir, out)
