@@ -24,7 +24,11 @@ const (
 // pushImages fills the registry with stand-ins for every image that critest pulls.
 // programs is the folder of the built commands of test/critest/image.
 func pushImages(ctx context.Context, bed *testbed.Bed, r *testbed.Registry, programs string) error {
-	base, err := baseFiles(ctx, bed)
+	sh, err := os.ReadFile(filepath.Join(programs, "sh"))
+	if err != nil {
+		return err
+	}
+	base, err := baseFiles(ctx, bed, sh)
 	if err != nil {
 		return err
 	}
@@ -84,25 +88,24 @@ const (
 	group  = "root:x:0:\nwww-data:x:33:\nnogroup:x:65534:\n"
 )
 
-// baseFiles is busybox as critest expects one to be: with the users it names, and
-// with the commands that Debian's busybox lacks.
-func baseFiles(ctx context.Context, bed *testbed.Bed) ([]testbed.File, error) {
+// baseFiles is busybox as critest expects one to be: with the users it names, with the
+// commands that Debian's busybox lacks, and with a shell that looks for ls where ls is.
+func baseFiles(ctx context.Context, bed *testbed.Bed, sh []byte) ([]testbed.File, error) {
 	image, err := bed.Busybox(ctx)
 	if err != nil {
 		return nil, err
 	}
-	own := []testbed.File{
+	script := func(name, line string) testbed.File {
+		return testbed.File{Name: "bin/" + name, Mode: 0o755, Data: []byte("#!/bin/sh\n" + line + "\n")}
+	}
+	return slices.Concat(image.Files, []testbed.File{
 		{Name: "etc/passwd", Mode: 0o644, Data: []byte(passwd)},
 		{Name: "etc/group", Mode: 0o644, Data: []byte(group)},
 		{Name: "home/", Mode: 0o755}, {Name: "var/", Mode: 0o755}, {Name: "usr/", Mode: 0o755},
-		{Name: "bin/pgrep", Mode: 0o755, Data: []byte("#!/bin/sh\nexec pidof \"$1\"\n")},
-		{Name: "bin/ipcs", Mode: 0o755, Data: []byte("#!/bin/sh\nexec cat /proc/sysvipc/shm\n")},
-	}
-	for _, f := range image.Files {
-		if f.Name == "bin/busybox" {
-			// critest masks ls: as a link to busybox it would mask all commands.
-			own = append(own, testbed.File{Name: "bin/ls", Mode: 0o755, Data: f.Data})
-		}
-	}
-	return slices.Concat(image.Files, own), nil
+		{Name: "bin/sh", Mode: 0o755, Data: sh},
+		script("pgrep", `exec pidof "$1"`),
+		script("ipcs", "exec cat /proc/sysvipc/shm"),
+		// critest masks ls: as a link to busybox it would mask all commands.
+		script("ls", `exec busybox ls "$@"`),
+	}), nil
 }
