@@ -60,6 +60,9 @@ type Agent struct {
 	// Features advertised in GetGuestDetails. Nil: a stock agent, whose extension
 	// service answers Unimplemented.
 	Features []extension.Feature
+	// Policies: it takes a policy, as a kata-agent built with that feature does; ours
+	// refuses each. It enforces none.
+	Policies bool
 	// Fault may be nil.
 	Fault Fault
 
@@ -69,6 +72,7 @@ type Agent struct {
 	files      map[string]*File
 	rootfs     map[string][]byte // archives by container id
 	times      []time.Time
+	policy     string
 	volumes    map[string]*volume
 	calls      []string
 	oom        chan string
@@ -209,6 +213,13 @@ func (a *Agent) Times() []time.Time {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return append([]time.Time(nil), a.times...)
+}
+
+// Policy is what SetPolicy brought last.
+func (a *Agent) Policy() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.policy
 }
 
 // OOM makes the next GetOOMEvent report a container.

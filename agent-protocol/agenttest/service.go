@@ -339,6 +339,16 @@ func (s service) SetGuestDateTime(_ context.Context, r *agentpb.SetGuestDateTime
 	return empty, nil
 }
 
+func (s service) SetPolicy(_ context.Context, r *agentpb.SetPolicyRequest) (*emptypb.Empty, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.Policies {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("this guest's agent evaluates no policies: %w", errdefs.ErrFailedPrecondition))
+	}
+	s.policy = r.Policy
+	return empty, nil
+}
+
 func (s service) GetOOMEvent(ctx context.Context, _ *agentpb.GetOOMEventRequest) (*agentpb.OOMEvent, error) {
 	select {
 	case id := <-s.oom:

@@ -95,7 +95,3 @@ func (service) GetVolumeStats(context.Context, *agentpb.VolumeStatsRequest) (*ag
 func (service) ResizeVolume(context.Context, *agentpb.ResizeVolumeRequest) (*emptypb.Empty, error) {
 	return nil, unimplemented("ResizeVolume")
 }
-
-func (service) SetPolicy(context.Context, *agentpb.SetPolicyRequest) (*emptypb.Empty, error) {
-	return nil, unimplemented("SetPolicy")
-}

@@ -51,6 +51,9 @@ const (
 	DefaultGPUModel = HypervisorPrefix + "default_gpu_model" // free text
 	InitData        = HypervisorPrefix + "cc_init_data"      // decoded TOML in CreateVM
 
+	// Policy is what the agent is to enforce on its calls, base64 of Rego.
+	Policy = "io.katacontainers.config.agent.policy"
+
 	// ForceGuestPull, "true" or "false", has the guest pull the images of the pod's
 	// containers whatever the node offers as their root file systems.
 	ForceGuestPull = "io.katacontainers.config.runtime.experimental_force_guest_pull"

@@ -109,7 +109,7 @@ func (p *GuestPull) Prepare(_ context.Context, r Request) (Result, error) {
 		metadata = map[string]string{}
 	}
 	for k, v := range r.Annotations {
-		if k != annotation.InitData {
+		if k != annotation.InitData && k != annotation.Policy {
 			metadata[k] = v
 		}
 	}

@@ -30,7 +30,7 @@ func TestGuestPull(t *testing.T) {
 	metadata := func(m map[string]string) map[string]map[string]string {
 		return map[string]map[string]string{"metadata": m}
 	}
-	cri := map[string]string{annotation.ImageName: image, annotation.InitData: "long"}
+	cri := map[string]string{annotation.ImageName: image, annotation.InitData: "long", annotation.Policy: "long too"}
 	for name, c := range map[string]struct {
 		in     Request
 		source string

@@ -150,6 +150,11 @@ func decimal(in map[string]string, key string) (uint64, error) {
 	return n, nil
 }
 
+func decodePolicy(v string) (string, error) {
+	b, err := base64.StdEncoding.DecodeString(v)
+	return string(b), err
+}
+
 func decodeInitData(v string) (string, error) {
 	raw, err := base64.StdEncoding.DecodeString(v)
 	if err != nil {

@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
+	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 	"github.com/kata-remote/kata-remote/agent-protocol/extension"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
@@ -171,6 +172,9 @@ func wanted(spc *specs.Spec, role spec.Role, id string) (netns string, annotatio
 	if _, err := rootfs.ForcesPull(spc.Annotations); err != nil {
 		return "", nil, err
 	}
+	if _, err := decodePolicy(spc.Annotations[annotation.Policy]); err != nil {
+		return "", nil, fmt.Errorf("annotation %s is not base64: %w: %w", annotation.Policy, err, errdefs.ErrInvalidArgument)
+	}
 	annotations, err = vmAnnotations(spc, role, id)
 	return netns, annotations, err
 }
@@ -243,6 +247,12 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	defer cancel()
 	passed := make(chan bool, 1)
 	go func() { passed <- extensionPasses(actx, conn) }() // beside what follows: it costs no time
+	if text := spc.Annotations[annotation.Policy]; text != "" {
+		policy, _ := decodePolicy(text) // wanted has seen to it
+		if _, err := guest.Agent(actx, conn, agentpb.AgentServiceService.SetPolicy, &agentpb.SetPolicyRequest{Policy: policy}); err != nil {
+			return fmt.Errorf("have the agent enforce the policy of annotation %s: %w", annotation.Policy, err)
+		}
+	}
 	if _, err := guest.Agent(actx, conn, agentpb.AgentServiceService.CreateSandbox, s.createRequest(spc)); err != nil {
 		return fmt.Errorf("make the sandbox in the pod VM: %w", err)
 	}

@@ -5,6 +5,7 @@ package service_test
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -329,6 +330,39 @@ func TestRollback(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// TestPolicy has a pod that wants its agent to enforce a policy: it is set before
+// anything else, or the pod does not start.
+func TestPolicy(t *testing.T) {
+	text := "package agent_policy"
+	pod := func(e *env, policy string) error {
+		return e.createFrom("pod", shimtest.Spec(e.netns, map[string]string{
+			annotation.ContainerType: annotation.ContainerTypeSandbox, annotation.SandboxID: "pod", annotation.Policy: policy,
+		}, "pause"))
+	}
+	e := newEnv(t, ours)
+	e.agent.Policies = true
+	e.must(pod(e, base64.StdEncoding.EncodeToString([]byte(text))))
+	calls := e.agent.Calls()
+	if e.agent.Policy() != text || slices.Index(calls, "SetPolicy") > slices.Index(calls, "CreateSandbox") {
+		t.Errorf("policy %q, calls %v", e.agent.Policy(), calls)
+	}
+	e = newEnv(t, ours)
+	err := pod(e, base64.StdEncoding.EncodeToString([]byte(text)))
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), annotation.Policy) {
+		t.Errorf("an agent without policies: %v", err)
+	}
+	if got := e.adaptor.Stops(); !slices.Contains(got, "pod") {
+		t.Errorf("StopVM of %v", got)
+	}
+	e = newEnv(t, ours)
+	if err := pod(e, "!"); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), annotation.Policy) {
+		t.Errorf("no base64: %v", err)
+	}
+	if vm := e.adaptor.VM("pod"); vm != nil {
+		t.Errorf("a machine was asked for: %v", vm)
+	}
 }
 
 // TestRefusedBeforeTheMachine has pods that want what only the node has: Create says

@@ -4,6 +4,8 @@ package spec
 
 import (
 	"maps"
+	"strconv"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -36,11 +38,15 @@ func Process(p *specs.Process) *agentpb.Process {
 }
 
 // Resources is r in the protocol's form, without what names things of the node: its
-// CPU sets, NUMA nodes, block devices, huge pages and traffic classes.
+// CPU sets, NUMA nodes, block devices, huge pages and traffic classes. The protocol has
+// no field for files of cgroup v2 (unified): those that say the same as one of its
+// fields are put there, and override it as they do in a runtime that knows them; the
+// others are hints about memory that only a kubelet gives, and are left out.
 func Resources(r *specs.LinuxResources) *agentpb.LinuxResources {
 	if r == nil {
 		return nil
 	}
+	r = fold(r)
 	out := &agentpb.LinuxResources{}
 	for _, d := range r.Devices {
 		out.Devices = append(out.Devices, &agentpb.LinuxDeviceCgroup{Allow: d.Allow, Type: d.Type, Major: number(d.Major, -1), Minor: number(d.Minor, -1), Access: d.Access})
@@ -62,6 +68,64 @@ func Resources(r *specs.LinuxResources) *agentpb.LinuxResources {
 		out.Pids = &agentpb.LinuxPids{Limit: pidsLimit(r.Pids)}
 	}
 	return out
+}
+
+// fold puts what unified says into the fields that mean the same.
+func fold(r *specs.LinuxResources) *specs.LinuxResources {
+	if len(r.Unified) == 0 {
+		return r
+	}
+	out := *r
+	memory, cpu, pids := specs.LinuxMemory{}, specs.LinuxCPU{}, specs.LinuxPids{}
+	if r.Memory != nil {
+		memory = *r.Memory
+	}
+	if r.CPU != nil {
+		cpu = *r.CPU
+	}
+	if r.Pids != nil {
+		pids = *r.Pids
+	}
+	limit := func(key string, to **int64) bool {
+		v, ok := r.Unified[key]
+		if !ok {
+			return false
+		}
+		n, err := strconv.ParseInt(v, 10, 64)
+		if v == "max" {
+			n, err = -1, nil
+		}
+		if err != nil {
+			return false
+		}
+		*to = &n
+		out.Memory, out.CPU, out.Pids = &memory, &cpu, &pids
+		return true
+	}
+	limit("memory.max", &memory.Limit)
+	limit("memory.low", &memory.Reservation)
+	limit("pids.max", &pids.Limit)
+	var swap *int64
+	if limit("memory.swap.max", &swap) {
+		// The field is the sum of both.
+		if *swap >= 0 && memory.Limit != nil && *memory.Limit > 0 {
+			*swap += *memory.Limit
+		} else {
+			*swap = -1
+		}
+		memory.Swap = swap
+	}
+	if quota, period, ok := strings.Cut(r.Unified["cpu.max"], " "); ok {
+		q, err := strconv.ParseInt(quota, 10, 64)
+		if quota == "max" {
+			q, err = -1, nil
+		}
+		if p, perr := strconv.ParseUint(period, 10, 64); err == nil && perr == nil {
+			cpu.Quota, cpu.Period = &q, &p
+			out.Memory, out.CPU, out.Pids = &memory, &cpu, &pids
+		}
+	}
+	return &out
 }
 
 func number[T any](p *T, missing T) T {

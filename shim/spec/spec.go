@@ -151,7 +151,7 @@ func Convert(s *specs.Spec, o Options) (*Converted, error) {
 		Root:        &agentpb.Root{Path: o.RootPath, Readonly: s.Root != nil && s.Root.Readonly},
 		Hostname:    s.Hostname,
 		Mounts:      mounts(o.Mounts),
-		Annotations: annotations(s.Annotations, []string{annotation.InitData}, add),
+		Annotations: annotations(s.Annotations, []string{annotation.InitData, annotation.Policy}, add),
 		Linux: &agentpb.Linux{
 			UIDMappings: idMappings(l.UIDMappings), GIDMappings: idMappings(l.GIDMappings),
 			Sysctl: l.Sysctl, Resources: Resources(l.Resources), CgroupsPath: "/" + o.ContainerID,

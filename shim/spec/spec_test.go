@@ -14,7 +14,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 	"github.com/kata-remote/kata-remote/agent-protocol/annotation"
 )
 
@@ -173,5 +175,35 @@ func TestRead(t *testing.T) {
 		if _, err := Read(dir); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", text, err)
 		}
+	}
+}
+
+// Files of cgroup v2 that have a field of the protocol are put there.
+func TestUnified(t *testing.T) {
+	old, shares := int64(1), uint64(512)
+	r := &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: &old}, CPU: &specs.LinuxCPU{Shares: &shares},
+		Unified: map[string]string{
+			"memory.max": "1000", "memory.low": "300", "memory.swap.max": "200", "cpu.max": "50000 100000", "pids.max": "max",
+			"memory.oom.group": "1", "memory.high": "900",
+		},
+	}
+	want := &agentpb.LinuxResources{
+		Memory: &agentpb.LinuxMemory{Limit: 1000, Reservation: 300, Swap: 1200},
+		CPU:    &agentpb.LinuxCPU{Shares: 512, Quota: 50000, Period: 100000},
+		Pids:   &agentpb.LinuxPids{Limit: -1},
+	}
+	if d := cmp.Diff(want, Resources(r), protocmp.Transform()); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+	if *r.Memory.Limit != 1 || r.CPU.Quota != nil {
+		t.Error("Resources changed its argument")
+	}
+	r.Unified = map[string]string{"cpu.max": "max 100000", "memory.swap.max": "max", "memory.max": "x"}
+	want = &agentpb.LinuxResources{
+		Memory: &agentpb.LinuxMemory{Limit: 1, Swap: -1}, CPU: &agentpb.LinuxCPU{Shares: 512, Quota: -1, Period: 100000}, Pids: &agentpb.LinuxPids{},
+	}
+	if d := cmp.Diff(want, Resources(r), protocmp.Transform()); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
 	}
 }
