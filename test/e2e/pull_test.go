@@ -163,7 +163,15 @@ func TestGuestPull(t *testing.T) {
 	}
 
 	password(registryPass + "x")
-	if p, err = RunPod(ctx, bed, "refused", testbed.Handler, force); err != nil {
+	checkPullRefused(ctx, t, bed, at, byTag)
+	checkNoPassword(t, bed)
+}
+
+// checkPullRefused runs a pod whose password for the registry is wrong.
+func checkPullRefused(ctx context.Context, t *testing.T, bed *testbed.Bed, at, byTag string) {
+	t.Helper()
+	p, err := RunPod(ctx, bed, "refused", testbed.Handler, map[string]string{annotation.ForceGuestPull: "true"})
+	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = p.RunImage(ctx, "refused", byTag, "true")
@@ -182,6 +190,11 @@ func TestGuestPull(t *testing.T) {
 	if err := p.Remove(ctx); err != nil {
 		t.Error(err)
 	}
+}
+
+// checkNoPassword looks for the registry's password in every log of the bed.
+func checkNoPassword(t *testing.T, bed *testbed.Bed) {
+	t.Helper()
 	logs, err := filepath.Glob(filepath.Join(bed.Out, "logs", "*"))
 	if err != nil {
 		t.Fatal(err)
