@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -154,7 +155,7 @@ func (b *bench) conformance(ctx context.Context) error {
 		return err
 	}
 	fmt.Printf("\n== The same tests, every pod on %s\n", cluster.RuntimeClass)
-	if err := errors.Join(b.handle(ctx, testbed.HandlerType), b.cluster.DefaultToRuntimeClass(ctx)); err != nil {
+	if err := errors.Join(settle(ctx, b.cluster), b.handle(ctx, testbed.HandlerType), b.cluster.DefaultToRuntimeClass(ctx)); err != nil {
 		return err
 	}
 	w := watch(ctx, b.cluster)
@@ -193,7 +194,7 @@ func (b *bench) runAll(ctx context.Context, suite *conformance.Suite, name strin
 	for run, procs := range map[string]int{"patient": b.patient, "others": b.procs} {
 		var part []string
 		for _, n := range names {
-			if conformance.IsPatient(n) == (run == "patient") && !contains(skip, n) {
+			if conformance.IsPatient(n) == (run == "patient") && !slices.Contains(skip, n) {
 				part = append(part, n)
 			}
 		}
@@ -232,15 +233,6 @@ func (b *bench) runAll(ctx context.Context, suite *conformance.Suite, name strin
 		}
 	}
 	return results, err
-}
-
-func contains(names []string, name string) bool {
-	for _, n := range names {
-		if n == name {
-			return true
-		}
-	}
-	return false
 }
 
 // progress shows tests as they end.

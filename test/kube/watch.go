@@ -92,6 +92,31 @@ func (w *watcher) end() (string, error) {
 	return seen, errors.Join(w.wrong...)
 }
 
+// settleTimeout is how long namespaces of ended tests may take to be deleted.
+const settleTimeout = 5 * time.Minute
+
+// settle waits until the pods of earlier tests are gone: what is seen from here on is
+// not theirs.
+func settle(ctx context.Context, c *cluster.Cluster) error {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	return cluster.Poll(ctx, func(ctx context.Context) error {
+		var list cluster.PodList
+		if err := c.API.Get(ctx, "/api/v1/pods", &list); err != nil {
+			return err
+		}
+		for _, p := range list.Items {
+			if p.Metadata.Namespace != "default" {
+				return fmt.Errorf("pod %s/%s of an earlier test is still there", p.Metadata.Namespace, p.Metadata.Name)
+			}
+		}
+		if n := countProcesses("containerd-shim-runc-v2"); n > runcShims {
+			return fmt.Errorf("%d runc shims of earlier tests still run", n-runcShims)
+		}
+		return nil
+	})
+}
+
 func countProcesses(word string) (n int) {
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline") // the pattern is well formed
 	for _, f := range files {
