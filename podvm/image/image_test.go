@@ -233,7 +233,7 @@ func readArchive(t *testing.T, b []byte) []entry {
 		if !h.ModTime.Equal(epoch) || h.Uid != 0 || h.Guid != 0 {
 			t.Errorf("%s: time %v, owner %d:%d", h.Name, h.ModTime, h.Uid, h.Guid)
 		}
-		out = append(out, entry{h.Name, h.Mode, string(data)})
+		out = append(out, entry{h.Name, h.Mode, string(data) + h.Linkname})
 	}
 }
 
@@ -261,7 +261,10 @@ func TestInitramfs(t *testing.T) {
 	if err := os.WriteFile(authorities, []byte(certificate), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	modules := []Module{{Name: "a_b", Path: module, When: "pci"}}
+	modules := []Module{
+		{Name: "a_b", Path: module, When: "pci", Aliases: []string{"pci:v1*"}},
+		{Name: "c", Path: module, When: kmod.Demand, Aliases: []string{"rtnl-link-c", "fs-c"}},
+	}
 	build := func(signed bool) []byte {
 		var b bytes.Buffer
 		if err := writeInitramfs(&b, contents{podvmd: podvmd, authorities: authorities, modules: modules, signed: signed}); err != nil {
@@ -279,7 +282,9 @@ func TestInitramfs(t *testing.T) {
 		{"etc/ssl/certs/ca-certificates.crt", cpio.TypeReg | 0o644, certificate},
 		{"proc", cpio.TypeDir | 0o755, ""},
 		{"lib/modules/a_b.ko", cpio.TypeReg | 0o644, code},
-		{"lib/modules/list", cpio.TypeReg | 0o644, "a_b a_b.ko pci\n"},
+		{"lib/modules/list", cpio.TypeReg | 0o644, "a_b a_b.ko pci\nc c.ko demand\n"},
+		{"lib/modules/aliases", cpio.TypeReg | 0o644, "rtnl-link-c c\nfs-c c\n"}, // those of others are loaded without being asked for
+		{"sbin/modprobe", cpio.TypeSymlink | 0o777, "/init"},
 	} {
 		if !slices.Contains(got, want) {
 			t.Errorf("no entry %v among %v", want, got)
