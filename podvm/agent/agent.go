@@ -21,6 +21,17 @@
 // network namespace at Config.PodNetNS. Pid namespaces are shared where the runtime
 // asks for it. Mount and cgroup namespaces are each container's own.
 //
+// # Storages
+//
+// What a request mounts is made by a driver of the table storageDrivers and shared by
+// all that name its mount point. One that takes long holds up only those.
+//
+// # Where the rest is
+//
+// The pod's network is podnet's, root file systems that are sent rootfs', those that
+// are pulled pull's, volumes that are followed volume's, streams stream's. What each
+// call does, and what is refused, is in docs/agent.md.
+//
 // # The sandbox container
 //
 // A pod's sandbox container without a root file system is not libcontainer's: it runs
