@@ -84,7 +84,7 @@ func (w *watcher) close() {
 // read hands out the kernel's events until the instance is closed.
 func (w *watcher) read(f *os.File) {
 	defer close(w.done)
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, 8<<10)
 	for {
 		n, err := f.Read(buf)
 		if err != nil {
