@@ -8,7 +8,8 @@
 //	                             containerd ── shims              taps ── pod VMs
 //	                             cloud-api-adaptor
 //
-// Nothing here knows what is tested on the node: that is e2e, demo and bench.
+// Nothing here knows what is tested on the node: that is for e2e, demo, bench, critest
+// and kube.
 package testbed
 
 import (
