@@ -239,6 +239,10 @@ func TestPauseUpdateStats(t *testing.T) {
 		t.Errorf("after the update: memory %d, pids %d", s.MemoryStats.Usage.Limit, s.PidsStats.Limit)
 	}
 	must[any](t)(g.UpdateContainer(g.ctx(), &agentpb.UpdateContainerRequest{ContainerId: "main"}))
+	g.exec("main", "later", "exit 4", false)
+	if got := g.wait("main", "later"); got != 4 {
+		t.Errorf("a process after the update: status %d", got)
+	}
 
 	must[any](t)(g.PauseContainer(g.ctx(), &agentpb.PauseContainerRequest{ContainerId: "main"}))
 	at := stats().CpuStats.CpuUsage.TotalUsage

@@ -68,7 +68,7 @@ func TestMerge(t *testing.T) {
 	have := cgroups.Resources{Memory: 1, MemorySwap: 2, CpuShares: 3, CpuWeight: 4, CpuQuota: 5, CpuPeriod: 6, CpusetCpus: "0", PidsLimit: &forty}
 	got := merge(have, &cgroups.Resources{Memory: 10, CpuQuota: -1, PidsLimit: &fifty})
 	want := have
-	want.Memory, want.CpuQuota, want.PidsLimit, want.SkipDevices = 10, -1, &fifty, true
+	want.Memory, want.CpuQuota, want.PidsLimit = 10, -1, &fifty
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}

@@ -30,12 +30,11 @@ func (c *container) update(ctx context.Context, r *specs.LinuxResources) error {
 	c.mu.Lock()
 	next := merge(*c.resources, said.Resources)
 	c.mu.Unlock()
-	if err := c.cgroup.Set(&next); err != nil {
+	if err := c.set(&next); err != nil {
 		c.mu.Lock()
 		before := *c.resources
 		c.mu.Unlock()
-		before.SkipDevices = true
-		if back := c.cgroup.Set(&before); back != nil {
+		if back := c.set(&before); back != nil {
 			return fmt.Errorf("update container %s: %w; and the limits before could not be put back: %w", c.id, err, back)
 		}
 		return fmt.Errorf("update container %s: %w", c.id, err)
@@ -44,6 +43,15 @@ func (c *container) update(ctx context.Context, r *specs.LinuxResources) error {
 	c.resources = &next
 	c.mu.Unlock()
 	return nil
+}
+
+// set puts limits in force and leaves the devices alone. libcontainer keeps what it was
+// given as the container's, and starts no further process where that says to skip them
+// (runc 1.5.2, libcontainer/container_linux.go), so it may not say so afterwards.
+func (c *container) set(r *cgroups.Resources) error {
+	r.SkipDevices = true
+	defer func() { r.SkipDevices = false }()
+	return c.cgroup.Set(r)
 }
 
 // merge returns the limits with those that were said put in. Access to devices is
@@ -81,7 +89,6 @@ func merge(have cgroups.Resources, said *cgroups.Resources) cgroups.Resources {
 	if len(said.HugetlbLimit) > 0 {
 		have.HugetlbLimit = said.HugetlbLimit
 	}
-	have.SkipDevices = true
 	return have
 }
 
