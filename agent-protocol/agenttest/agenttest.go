@@ -208,6 +208,18 @@ func (a *Agent) Rootfs(id string) []byte {
 	return a.rootfs[id]
 }
 
+// TerminalSize is the size of the terminal of a container's first process: rows and
+// columns.
+func (a *Agent) TerminalSize(id string) (rows, columns uint32) {
+	p, err := a.find(id, "")
+	if err != nil {
+		return 0, 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.row, p.column
+}
+
 // Times are what SetGuestDateTime told so far.
 func (a *Agent) Times() []time.Time {
 	a.mu.Lock()

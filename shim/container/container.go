@@ -88,10 +88,10 @@ type Container struct {
 	init *process.Process
 	oom  chan struct{} // closed at the first OOM event
 
-	mu      sync.Mutex // guards the fields below; never held while calling a process or the guest
-	state   State
-	execs   map[string]*process.Process
-	oomOnce bool
+	mu       sync.Mutex // guards the fields below; never held while calling a process or the guest
+	state    State
+	execs    map[string]*process.Process
+	oomKills uint64 // as often as OOM was called
 }
 
 // New returns the container in StateCreated.
@@ -197,6 +197,10 @@ func (c *Container) Exec(r *taskapi.ExecProcessRequest, spc *specs.Process, name
 		return err
 	}
 	spc.Terminal = r.Terminal
+	proc, err := spec.ExecProcess(spc)
+	if err != nil {
+		return fmt.Errorf("exec %s: %w", r.ExecID, err)
+	}
 	// The guest keeps an exec's id as long as the container; containerd's clients
 	// use one again as soon as they deleted it.
 	var suffix [8]byte
@@ -210,7 +214,7 @@ func (c *Container) Exec(r *taskapi.ExecProcessRequest, spc *specs.Process, name
 				return fmt.Errorf("container is %s, cannot start an exec in it: %w", s, errdefs.ErrFailedPrecondition)
 			}
 			return guest.AgentOnce(ctx, c.cfg.Conn, errdefs.IsAlreadyExists,
-				agentpb.AgentServiceService.ExecProcess, &agentpb.ExecProcessRequest{ContainerId: cid, ExecId: guestID, Process: spec.Process(spc)})
+				agentpb.AgentServiceService.ExecProcess, &agentpb.ExecProcessRequest{ContainerId: cid, ExecId: guestID, Process: proc})
 		},
 		Started: func() {
 			c.cfg.Events.Publish(&events.TaskExecStarted{ContainerID: cid, ExecID: id, Pid: Pid()})
@@ -279,10 +283,16 @@ func (c *Container) OOM() {
 	c.cfg.Events.Publish(&events.TaskOOM{ContainerID: c.cfg.ID})
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.oomOnce {
-		c.oomOnce = true
+	if c.oomKills++; c.oomKills == 1 {
 		close(c.oom)
 	}
+}
+
+// OOMKills is how often the guest's kernel killed in the container for want of memory.
+func (c *Container) OOMKills() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.oomKills
 }
 
 // Kill sends a signal to the first process or an exec. The guest lets SIGKILL of

@@ -5,6 +5,7 @@ package container
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -32,12 +33,14 @@ func (c *Container) Usage(ctx context.Context) (*agentpb.StatsContainerResponse,
 }
 
 // Metrics has the form that this node's containerd expects, io.containerd.cgroups.v1.Metrics
-// or v2.Metrics by the node's cgroup mode, whatever the guest's is.
-func Metrics(r *agentpb.StatsContainerResponse) proto.Message {
+// or v2.Metrics by the node's cgroup mode, whatever the guest's is. kills is how many
+// times the guest's kernel killed for want of memory: containerd 2.4 takes the reason
+// OOMKilled from there (internal/cri/server/events.go).
+func Metrics(r *agentpb.StatsContainerResponse, kills uint64) proto.Message {
 	if unified() {
-		return metricsV2(r)
+		return metricsV2(r, kills)
 	}
-	return metricsV1(r)
+	return metricsV1(r, kills)
 }
 
 // unified tells whether the node has only the cgroup v2 hierarchy.
@@ -59,7 +62,44 @@ func (m memory) of(names ...string) uint64 {
 	return 0
 }
 
-func metricsV1(r *agentpb.StatsContainerResponse) *v1.Metrics {
+// unlimited is how the kernel's "max" reads, and what a limit is that an agent does not
+// tell: containerd subtracts from limits.
+const unlimited = math.MaxUint64
+
+func limit(n uint64) uint64 {
+	if n == 0 {
+		return unlimited
+	}
+	return n
+}
+
+// swap tells memory and swap together, as cgroup v1 counts, and swap alone, as v2 does.
+// Agents on libcontainer and those of v1 tell the former; one that tells less than the
+// memory alone, as kata's on v2 does, tells the latter.
+func swap(mem *agentpb.MemoryStats) (both, alone *agentpb.MemoryData) {
+	of := func(f func(*agentpb.MemoryData) uint64) (uint64, uint64) {
+		m, s := f(mem.GetUsage()), f(mem.GetSwapUsage())
+		if s < m {
+			return m + s, s
+		}
+		return s, s - m
+	}
+	both, alone = &agentpb.MemoryData{Failcnt: mem.GetSwapUsage().GetFailcnt()}, &agentpb.MemoryData{}
+	both.Usage, alone.Usage = of((*agentpb.MemoryData).GetUsage)
+	both.MaxUsage, alone.MaxUsage = of((*agentpb.MemoryData).GetMaxUsage)
+	both.Limit, alone.Limit = unlimited, unlimited
+	if m, s := limit(mem.GetUsage().GetLimit()), limit(mem.GetSwapUsage().GetLimit()); s != unlimited && (s >= m || m == unlimited) {
+		both.Limit, alone.Limit = s, s
+		if m != unlimited {
+			alone.Limit = s - m
+		}
+	} else if s != unlimited { // less than the memory's: swap alone
+		both.Limit, alone.Limit = m+s, s
+	}
+	return both, alone
+}
+
+func metricsV1(r *agentpb.StatsContainerResponse, kills uint64) *v1.Metrics {
 	s := r.GetCgroupStats()
 	cpu, mem := s.GetCpuStats(), s.GetMemoryStats()
 	st := memory(mem.GetStats())
@@ -77,6 +117,8 @@ func metricsV1(r *agentpb.StatsContainerResponse) *v1.Metrics {
 		},
 		Memory: memoryV1(mem, st),
 		Blkio:  blkioV1(s.GetBlkioStats()),
+
+		MemoryOomControl: &v1.MemoryOomControl{OomKill: kills},
 	}
 	for _, size := range sortedKeys(s.GetHugetlbStats()) {
 		h := s.GetHugetlbStats()[size]
@@ -93,8 +135,9 @@ func metricsV1(r *agentpb.StatsContainerResponse) *v1.Metrics {
 
 func memoryV1(mem *agentpb.MemoryStats, st memory) *v1.MemoryStat {
 	entry := func(d *agentpb.MemoryData) *v1.MemoryEntry {
-		return &v1.MemoryEntry{Limit: d.GetLimit(), Usage: d.GetUsage(), Max: d.GetMaxUsage(), Failcnt: d.GetFailcnt()}
+		return &v1.MemoryEntry{Limit: limit(d.GetLimit()), Usage: d.GetUsage(), Max: d.GetMaxUsage(), Failcnt: d.GetFailcnt()}
 	}
+	both, _ := swap(mem)
 	cache := mem.GetCache()
 	if cache == 0 {
 		cache = st.of("cache", "file")
@@ -108,14 +151,23 @@ func memoryV1(mem *agentpb.MemoryStats, st memory) *v1.MemoryStat {
 		PgPgIn: st.of("pgpgin"), PgPgOut: st.of("pgpgout"), PgFault: st.of("pgfault"), PgMajFault: st.of("pgmajfault"),
 		InactiveAnon: st.of("inactive_anon"), ActiveAnon: st.of("active_anon"),
 		InactiveFile: st.of("inactive_file"), ActiveFile: st.of("active_file"), Unevictable: st.of("unevictable"),
-		HierarchicalMemoryLimit: st.of("hierarchical_memory_limit"), HierarchicalSwapLimit: st.of("hierarchical_memsw_limit"),
-		TotalCache: st.of("total_cache", "cache", "file"), TotalRSS: total("rss", "anon"), TotalRSSHuge: total("rss_huge", "anon_thp"),
+		HierarchicalMemoryLimit: hierarchical(st, "hierarchical_memory_limit", mem.GetUsage().GetLimit()),
+		HierarchicalSwapLimit:   hierarchical(st, "hierarchical_memsw_limit", both.Limit),
+		TotalCache:              st.of("total_cache", "cache", "file"), TotalRSS: total("rss", "anon"), TotalRSSHuge: total("rss_huge", "anon_thp"),
 		TotalMappedFile: total("mapped_file", "file_mapped"), TotalDirty: total("dirty", "file_dirty"), TotalWriteback: total("writeback", "file_writeback"),
 		TotalPgPgIn: total("pgpgin"), TotalPgPgOut: total("pgpgout"), TotalPgFault: total("pgfault"), TotalPgMajFault: total("pgmajfault"),
 		TotalInactiveAnon: total("inactive_anon"), TotalActiveAnon: total("active_anon"),
 		TotalInactiveFile: total("inactive_file"), TotalActiveFile: total("active_file"), TotalUnevictable: total("unevictable"),
-		Usage: entry(mem.GetUsage()), Swap: entry(mem.GetSwapUsage()), Kernel: entry(mem.GetKernelUsage()),
+		Usage: entry(mem.GetUsage()), Swap: entry(both), Kernel: entry(mem.GetKernelUsage()),
 	}
+}
+
+// hierarchical is a limit that cgroup v1 tells and v2 does not.
+func hierarchical(st memory, name string, own uint64) uint64 {
+	if n, ok := st[name]; ok {
+		return n
+	}
+	return limit(own)
 }
 
 func blkioV1(b *agentpb.BlkioStats) *v1.BlkIOStat {
@@ -133,7 +185,7 @@ func blkioV1(b *agentpb.BlkioStats) *v1.BlkIOStat {
 	}
 }
 
-func metricsV2(r *agentpb.StatsContainerResponse) *v2.Metrics {
+func metricsV2(r *agentpb.StatsContainerResponse, kills uint64) *v2.Metrics {
 	s := r.GetCgroupStats()
 	cpu := s.GetCpuStats()
 	m := &v2.Metrics{
@@ -147,9 +199,7 @@ func metricsV2(r *agentpb.StatsContainerResponse) *v2.Metrics {
 		Memory: memoryV2(s.GetMemoryStats()),
 		Io:     ioV2(s.GetBlkioStats()),
 	}
-	if n := s.GetMemoryStats().GetUsage().GetFailcnt(); n > 0 {
-		m.MemoryEvents = &v2.MemoryEvents{Max: n}
-	}
+	m.MemoryEvents = &v2.MemoryEvents{Max: s.GetMemoryStats().GetUsage().GetFailcnt(), Oom: kills, OomKill: kills}
 	for _, size := range sortedKeys(s.GetHugetlbStats()) {
 		h := s.GetHugetlbStats()[size]
 		m.Hugetlb = append(m.Hugetlb, &v2.HugeTlbStat{Pagesize: size, Current: h.Usage, Max: h.MaxUsage, Failcnt: h.Failcnt})
@@ -165,6 +215,7 @@ func metricsV2(r *agentpb.StatsContainerResponse) *v2.Metrics {
 
 func memoryV2(mem *agentpb.MemoryStats) *v2.MemoryStat {
 	st := memory(mem.GetStats())
+	_, alone := swap(mem)
 	return &v2.MemoryStat{
 		Anon: st.of("anon", "total_rss", "rss"), File: st.of("file", "total_cache", "cache"),
 		KernelStack: st.of("kernel_stack"), Slab: st.of("slab"), Sock: st.of("sock"), Shmem: st.of("shmem", "total_shmem"),
@@ -178,8 +229,8 @@ func memoryV2(mem *agentpb.MemoryStats) *v2.MemoryStat {
 		WorkingsetNodereclaim: st.of("workingset_nodereclaim"), Pgrefill: st.of("pgrefill"), Pgscan: st.of("pgscan"), Pgsteal: st.of("pgsteal"),
 		Pgactivate: st.of("pgactivate"), Pgdeactivate: st.of("pgdeactivate"), Pglazyfree: st.of("pglazyfree"), Pglazyfreed: st.of("pglazyfreed"),
 		ThpFaultAlloc: st.of("thp_fault_alloc"), ThpCollapseAlloc: st.of("thp_collapse_alloc"),
-		Usage: mem.GetUsage().GetUsage(), UsageLimit: mem.GetUsage().GetLimit(), MaxUsage: mem.GetUsage().GetMaxUsage(),
-		SwapUsage: mem.GetSwapUsage().GetUsage(), SwapLimit: mem.GetSwapUsage().GetLimit(), SwapMaxUsage: mem.GetSwapUsage().GetMaxUsage(),
+		Usage: mem.GetUsage().GetUsage(), UsageLimit: limit(mem.GetUsage().GetLimit()), MaxUsage: mem.GetUsage().GetMaxUsage(),
+		SwapUsage: alone.Usage, SwapLimit: alone.Limit, SwapMaxUsage: alone.MaxUsage,
 	}
 }
 

@@ -3,7 +3,6 @@
 package container
 
 import (
-	"math"
 	"slices"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
@@ -63,9 +62,6 @@ func addMemory(to, from *agentpb.MemoryData) {
 		to.Limit += limit
 	}
 }
-
-// unlimited is how the kernel's "max" reads.
-const unlimited = math.MaxUint64
 
 // addEntries adds figures by device and operation.
 func addEntries(to, from []*agentpb.BlkioStatsEntry) []*agentpb.BlkioStatsEntry {

@@ -325,7 +325,11 @@ func (s *Service) SandboxMetrics(ctx context.Context, r *sandboxpb.ID) (*sandbox
 		})
 	}
 	wg.Wait()
-	data, err := anyOf(container.Metrics(container.Sum(usage)))
+	var kills uint64
+	for _, c := range list {
+		kills += c.OOMKills()
+	}
+	data, err := anyOf(container.Metrics(container.Sum(usage), kills))
 	if err != nil {
 		return nil, err
 	}

@@ -350,7 +350,7 @@ func (s *Service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	if err != nil {
 		return nil, err
 	}
-	a, err := anyOf(container.Metrics(u))
+	a, err := anyOf(container.Metrics(u, c.OOMKills()))
 	if err != nil {
 		return nil, err
 	}

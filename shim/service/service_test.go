@@ -259,6 +259,34 @@ func TestInputClosedEarly(t *testing.T) {
 	}
 }
 
+// TestResize sets the size of a terminal, before the start and after it.
+func TestResize(t *testing.T) {
+	e := newEnv(t, ours)
+	e.pod()
+	e.must(e.create("tty", "pod", stdio.Config{Terminal: true}, "pause"))
+	resize := func(rows, columns uint32) {
+		t.Helper()
+		_, err := e.svc.ResizePty(e.ctx, &taskapi.ResizePtyRequest{ID: "tty", Height: rows, Width: columns})
+		e.must(err)
+	}
+	resize(10, 20)
+	resize(24, 80)
+	if rows, _ := e.agent.TerminalSize("tty"); rows != 0 {
+		t.Error("the guest was asked before there was a terminal")
+	}
+	e.start("tty", "")
+	if rows, columns := e.agent.TerminalSize("tty"); rows != 24 || columns != 80 {
+		t.Errorf("%dx%d after the start", rows, columns)
+	}
+	resize(50, 132)
+	if rows, columns := e.agent.TerminalSize("tty"); rows != 50 || columns != 132 {
+		t.Errorf("%dx%d", rows, columns)
+	}
+	if _, err := e.svc.ResizePty(e.ctx, &taskapi.ResizePtyRequest{ID: "app", Height: 1, Width: 1}); err == nil {
+		t.Error("a container without a terminal was given a size")
+	}
+}
+
 // TestStartFails has a command that does not exist: the error says so, waiters
 // return, and there is no exit without a start.
 func TestStartFails(t *testing.T) {

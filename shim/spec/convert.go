@@ -3,17 +3,44 @@
 package spec
 
 import (
+	"fmt"
 	"maps"
 	"strconv"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/agentpb"
 )
 
-// Process is p in the protocol's form. Labels of the node's security modules are
-// left out: the guest has policies of its own.
+// checkProcess refuses what the protocol has no field for and a user would miss. Left
+// out without a word are the labels of the node's security modules (AppArmor, SELinux),
+// which name policies that are loaded on the node and not in the guest, and the node's
+// scheduler: its policies, I/O priorities and CPU affinities.
+func checkProcess(p *specs.Process) error {
+	if p == nil {
+		return nil
+	}
+	if u := p.User.Umask; u != nil && *u != defaultUmask {
+		return fmt.Errorf("process.user.umask %#o cannot be told to the agent, whose processes begin with %#o: set it in the command, with sh -c 'umask ...': %w", *u, defaultUmask, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// defaultUmask is what a process begins with in the guest, as everywhere.
+const defaultUmask = 0o022
+
+// ExecProcess is Process for one that is added to a container; what cannot be had is
+// InvalidArgument.
+func ExecProcess(p *specs.Process) (*agentpb.Process, error) {
+	if err := checkProcess(p); err != nil {
+		return nil, err
+	}
+	return Process(p), nil
+}
+
+// Process is p in the protocol's form, all of it that checkProcess does not name.
 func Process(p *specs.Process) *agentpb.Process {
 	if p == nil {
 		return nil

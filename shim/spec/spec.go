@@ -189,6 +189,9 @@ func Check(s *specs.Spec) error {
 			return refuseHost(string(want.ns), want.field, want.instead)
 		}
 	}
+	if err := checkProcess(s.Process); err != nil {
+		return err
+	}
 	if h := s.Hooks; h != nil {
 		for _, list := range [][]specs.Hook{h.Prestart, h.CreateRuntime, h.CreateContainer, h.StartContainer, h.Poststart, h.Poststop} { //nolint:staticcheck // Prestart is deprecated, not gone
 			if len(list) > 0 {

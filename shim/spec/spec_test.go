@@ -207,3 +207,34 @@ func TestUnified(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", d)
 	}
 }
+
+// TestExecProcess has everything a process may ask for, and what of it reaches the
+// guest.
+func TestExecProcess(t *testing.T) {
+	umask, adj := uint32(0o022), -5
+	p := &specs.Process{
+		Terminal: true, ConsoleSize: &specs.Box{Height: 24, Width: 80}, Args: []string{"sh"}, Env: []string{"A=b"}, Cwd: "/tmp",
+		User:            specs.User{UID: 1, GID: 2, AdditionalGids: []uint32{3, 4}, Username: "u", Umask: &umask},
+		Capabilities:    &specs.LinuxCapabilities{Bounding: []string{"CAP_KILL"}, Effective: []string{"CAP_CHOWN"}, Inheritable: []string{"CAP_FOWNER"}, Permitted: []string{"CAP_SETUID"}, Ambient: []string{"CAP_SETGID"}},
+		Rlimits:         []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 20, Soft: 10}},
+		NoNewPrivileges: true, OOMScoreAdj: &adj, ApparmorProfile: "node-profile", SelinuxLabel: "node-label",
+	}
+	got, err := ExecProcess(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &agentpb.Process{
+		Terminal: true, ConsoleSize: &agentpb.Box{Height: 24, Width: 80}, Args: []string{"sh"}, Env: []string{"A=b"}, Cwd: "/tmp",
+		User:            &agentpb.User{UID: 1, GID: 2, AdditionalGids: []uint32{3, 4}, Username: "u"},
+		Capabilities:    &agentpb.LinuxCapabilities{Bounding: []string{"CAP_KILL"}, Effective: []string{"CAP_CHOWN"}, Inheritable: []string{"CAP_FOWNER"}, Permitted: []string{"CAP_SETUID"}, Ambient: []string{"CAP_SETGID"}},
+		Rlimits:         []*agentpb.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 20, Soft: 10}},
+		NoNewPrivileges: true, OOMScoreAdj: -5,
+	}
+	if d := cmp.Diff(want, got, protocmp.Transform()); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	umask = 0o077
+	if _, err := ExecProcess(p); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "umask 077") {
+		t.Errorf("umask: %v", err)
+	}
+}
