@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -265,7 +266,7 @@ func multicast(t *testing.T, from, to *nstest.NS, dev, group string, size int) {
 	})
 	defer s.Close()
 	in(from, func(ifi *net.Interface) (err error) {
-		c, err = net.DialUDP("udp", nil, &net.UDPAddr{IP: ip, Port: 5353, Zone: ifi.Name})
+		c, err = net.DialUDP("udp", nil, &net.UDPAddr{IP: ip, Port: 5353, Zone: strconv.Itoa(ifi.Index)})
 		if err != nil || ip.To4() == nil {
 			return err
 		}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -120,19 +121,23 @@ func TestLinkLocal(t *testing.T) {
 		t.Errorf("the guest has %s, the CNI's interface %s", own, want)
 	}
 	for _, p := range []struct {
-		from, to *nstest.NS
-		at       netip.Addr
+		from *nstest.NS
+		by   string
+		to   *nstest.NS
+		at   netip.Addr
 	}{
-		{b.Node, b.Guest, own.WithZone("cni0")},
-		{b.Peer, b.Guest, own.WithZone("eth0")},
-		{b.Guest, b.Node, linkLocalOf(t, b.Node, "cni0").WithZone("eth0")},
-		{b.Guest, b.Peer, linkLocalOf(t, b.Peer, "eth0").WithZone("eth0")},
+		{b.Node, "cni0", b.Guest, own},
+		{b.Peer, "eth0", b.Guest, own},
+		{b.Guest, "eth0", b.Node, linkLocalOf(t, b.Node, "cni0")},
+		{b.Guest, "eth0", b.Peer, linkLocalOf(t, b.Peer, "eth0")},
 	} {
+		// By number: package net remembers names' numbers for the whole process.
+		zone := strconv.Itoa(p.from.Link(p.by).Attrs().Index)
 		_, listening, err := net.SplitHostPort(serve(t, p.to, netip.IPv6Unspecified(), "here"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := reach(p.from, net.JoinHostPort(p.at.String(), listening), answerWithin); err != nil {
+		if err := reach(p.from, net.JoinHostPort(p.at.WithZone(zone).String(), listening), answerWithin); err != nil {
 			t.Errorf("%s: %v", p.at, err)
 		}
 	}

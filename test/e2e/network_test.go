@@ -245,13 +245,15 @@ func linkLocal(ctx context.Context, t *testing.T, app *Container) {
 	if n := strings.Count(out, "fe80:"); n != 2 {
 		t.Errorf("%d link-local addresses, want one for each interface: %s", n, out)
 	}
+	// By number: package net remembers names' numbers for the whole process.
+	zone := strconv.Itoa(nstest.Open(t, "/proc/self/ns/net").Link("cni0").Attrs().Index)
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
 		p, err := netip.ParsePrefix(f[3])
 		if err != nil || f[1] != "eth0" {
 			continue
 		}
-		c, err := (&net.Dialer{Timeout: 20 * time.Second}).DialContext(ctx, "tcp", netip.AddrPortFrom(p.Addr().WithZone("cni0"), 80).String())
+		c, err := (&net.Dialer{Timeout: 20 * time.Second}).DialContext(ctx, "tcp", netip.AddrPortFrom(p.Addr().WithZone(zone), 80).String())
 		if err != nil {
 			t.Errorf("the node to the pod's link-local address: %v", err)
 			continue
