@@ -105,6 +105,9 @@ func Build(cfg Config) (*Manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := k.checkForbidden(modules); err != nil {
+		return nil, err
+	}
 	if err := checkStatic(cfg.Podvmd); err != nil {
 		return nil, err
 	}

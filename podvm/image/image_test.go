@@ -427,3 +427,27 @@ func TestBuildRefusesDynamicPodvmd(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestForbidden: neither as a module nor built in.
+func TestForbidden(t *testing.T) {
+	dir := tree(t, map[string]string{"drivers/net/macvlan.ko": "name=macvlan", "drivers/net/vxlan.ko": "name=vxlan"})
+	k, err := OpenKernel(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.checkForbidden([]Module{{Name: "vxlan"}}); err != nil {
+		t.Error(err)
+	}
+	if err := k.checkForbidden([]Module{{Name: "vxlan"}, {Name: "macvlan"}}); err == nil || !strings.Contains(err.Error(), "macvlan") {
+		t.Errorf("a module: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "lib/modules/6.1.0-test/modules.builtin"), []byte("kernel/net/8021q/8021q.ko\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if k, err = OpenKernel(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.checkForbidden(nil); err == nil || !strings.Contains(err.Error(), "8021q") {
+		t.Errorf("built in: %v", err)
+	}
+}

@@ -367,7 +367,7 @@ func TestMetadataService(t *testing.T) {
 		// Routes of its own, a device on top of its interface, another namespace, the
 		// VM's processes: there is nothing of the VM to get hold of.
 		"ip route add 169.254.0.0/16 dev eth0; ip route add 192.168.213.0/24 dev eth0; " + try,
-		"ip link add link eth0 name mv0 type macvlan mode bridge && ip link set mv0 up && ip addr add 192.168.213.98/24 dev mv0; " + try,
+		"for k in macvlan macvtap ipvlan ipvtap; do ip link add link eth0 name x0 type $k 2>/dev/null && echo reached a device of type $k; done; " + try,
 		"for f in /proc/[0-9]*/ns/net; do nsenter --net=$f sh -c '" + try + "'; done",
 		"unshare -n sh -c '" + try + "'",
 	} {
