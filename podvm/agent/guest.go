@@ -105,8 +105,8 @@ func (s *service) ReseedRandomDev(_ context.Context, req *agentpb.ReseedRandomDe
 	return empty(nil)
 }
 
-// moduleLoaders are where a guest has modprobe, if it has it. The image that this
-// repository builds has what a pod needs in its kernel and loads no more.
+// moduleLoaders are where a guest has modprobe, if it has it. That of the image which
+// this repository builds knows the image's few modules, and no parameters.
 var moduleLoaders = []string{"/usr/sbin/modprobe", "/sbin/modprobe"}
 
 // loadModules makes sure that kernel modules are there, with modprobe where the guest
@@ -122,11 +122,11 @@ func loadModules(ctx context.Context, modules []*agentpb.KernelModule) error {
 		}
 		i := slices.IndexFunc(moduleLoaders, func(path string) bool { _, err := os.Stat(path); return err == nil })
 		if i < 0 {
-			return fmt.Errorf("kernel module %s: the guest's modules are those of its image, which has no modprobe; take it out of kernel_modules, or use a pod VM image that has it: %w", m.Name, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("kernel module %s: the guest has no modprobe; take it out of kernel_modules, or use a pod VM image that has it: %w", m.Name, errdefs.ErrFailedPrecondition)
 		}
-		out, err := exec.CommandContext(ctx, moduleLoaders[i], append([]string{m.Name}, m.Parameters...)...).CombinedOutput()
+		out, err := exec.CommandContext(ctx, moduleLoaders[i], append([]string{"--", m.Name}, m.Parameters...)...).CombinedOutput()
 		if err != nil {
-			return fmt.Errorf("kernel module %s: %w: %s: %w", m.Name, err, bytes.TrimSpace(out), errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("kernel module %s: the guest cannot load it with parameters %q: modprobe: %w: %s: %w", m.Name, m.Parameters, err, bytes.TrimSpace(out), errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil

@@ -324,7 +324,7 @@ func TestKernelModules(t *testing.T) {
 	}
 	wantClass(t, "no modprobe", create(&agentpb.KernelModule{Name: "no-such-module"}), errdefs.ErrFailedPrecondition)
 	wantClass(t, "an option", create(&agentpb.KernelModule{Name: "--remove"}), errdefs.ErrInvalidArgument)
-	script := "#!/bin/sh\necho \"$@\" >> " + g.dir + "/loaded\n[ $1 != bad ] || { echo not found >&2; exit 1; }\n"
+	script := "#!/bin/sh\necho \"$@\" >> " + g.dir + "/loaded\n[ $2 != bad ] || { echo not found >&2; exit 1; }\n"
 	if err := os.WriteFile(loader, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +337,7 @@ func TestKernelModules(t *testing.T) {
 	if err := create(&agentpb.KernelModule{Name: "good"}, &agentpb.KernelModule{Name: "kernel"}); err != nil {
 		t.Error(err)
 	}
-	if b, _ := os.ReadFile(g.dir + "/loaded"); string(b) != "good a=1 b=2\nbad\ngood\n" {
+	if b, _ := os.ReadFile(g.dir + "/loaded"); string(b) != "-- good a=1 b=2\n-- bad\n-- good\n" {
 		t.Errorf("loaded: %q", b)
 	}
 }

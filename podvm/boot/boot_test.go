@@ -71,7 +71,7 @@ func TestBootedImage(t *testing.T) {
 	c, other := newCredentials(t), newCredentials(t)
 	v := startVM(t, podImage(t), seed(t, map[string]string{
 		"user-data": userData(t, c.config()), "meta-data": "instance-id: i\nlocal-hostname: podvm-test\n", "network-config": networkConfig,
-	}))
+	}), 2)
 	address := guestAddr + ":15150"
 	askAgent(t, v.dial(address), c.tlsConfig(c.client))
 	wantRefused(t, v.dial(address), c.tlsConfig())
@@ -141,7 +141,7 @@ func TestBootFails(t *testing.T) {
 		"no key":            {map[string]string{"user-data": userData(t, noKey), "network-config": networkConfig}, "podvmd: fatal: /run/peerpod/apf.json: tls-server-key is missing"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			v := startVM(t, m, seed(t, s.files))
+			v := startVM(t, m, seed(t, s.files), 2)
 			select {
 			case <-v.ended:
 			case <-time.After(patience):

@@ -38,9 +38,11 @@ type guestAgent struct {
 func newGuestAgent(t *testing.T) *guestAgent {
 	t.Helper()
 	c := newCredentials(t)
+	// One CPU: once in ten runs beside other work, both of two locked up in the kernel,
+	// each waiting for the other (QEMU 7.2 without KVM, Linux 6.1, 2026-11-21).
 	v := startVM(t, podImage(t), seed(t, map[string]string{
 		"user-data": userData(t, c.config()), "meta-data": "instance-id: i\nlocal-hostname: podvm-test\n", "network-config": networkConfig,
-	}))
+	}), 1)
 	conn := tls.Client(v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 	rpc := ttrpc.NewClient(conn)
 	t.Cleanup(func() {
@@ -49,7 +51,9 @@ func newGuestAgent(t *testing.T) *guestAgent {
 	})
 	g := &guestAgent{t: t, AgentServiceService: agentpb.NewAgentServiceClient(rpc), podvm: podvmpb.NewPodVMClient(rpc)}
 	v.waitFor(`"step":"cpus"`) // and soon the late modules
-	must[any](t)(g.CreateSandbox(g.ctx(), &agentpb.CreateSandboxRequest{SandboxId: "sandbox", Hostname: "pod-host"}))
+	must[any](t)(g.CreateSandbox(g.ctx(), &agentpb.CreateSandboxRequest{
+		SandboxId: "sandbox", Hostname: "pod-host", KernelModules: []*agentpb.KernelModule{{Name: "fuse"}},
+	}))
 	g.root = g.importRoot()
 	return g
 }
@@ -219,9 +223,9 @@ func guestLimits(t *testing.T, g *guestAgent) {
 		t.Helper()
 		must[any](t)(g.UpdateContainer(g.ctx(), &agentpb.UpdateContainerRequest{ContainerId: id, Resources: r}))
 	}
-	update(&agentpb.LinuxResources{Memory: &agentpb.LinuxMemory{Limit: 96 << 20}, CPU: &agentpb.LinuxCPU{Shares: 1024, Cpus: "0-1"}})
+	update(&agentpb.LinuxResources{Memory: &agentpb.LinuxMemory{Limit: 96 << 20}, CPU: &agentpb.LinuxCPU{Shares: 1024}})
 	update(&agentpb.LinuxResources{CPU: &agentpb.LinuxCPU{Quota: -1}, Pids: &agentpb.LinuxPids{Limit: 35}})
-	check("100663296; 0; max 100000; 100; 0-1; 35")
+	check("100663296; 0; max 100000; 100; 0; 35")
 	out := g.exec(id, "i=0; while [ $i -lt 50 ]; do tail -f /dev/null </dev/null >/dev/null & echo $i; i=$((i+1)); done 2>/dev/null")
 	if got := len(strings.Fields(out)); got != 33 { // beside the first process and the shell
 		t.Errorf("with a limit of 35: %d children", got)
@@ -358,6 +362,9 @@ func guestCalls(t *testing.T, g *guestAgent) {
 	s := must[*agentpb.VolumeStatsResponse](t)(g.GetVolumeStats(g.ctx(), &agentpb.VolumeStatsRequest{VolumeGuestPath: g.root}))
 	if len(s.Usage) != 2 || s.Usage[0].Used < 1<<20 {
 		t.Errorf("volume statistics: %v", s)
+	}
+	if out, _ := g.wait(g.run(g.spec("ls -d /sys/module/fuse")), ""); out != "/sys/module/fuse\n" {
+		t.Errorf("the kernel module that CreateSandbox asked for: %q", out)
 	}
 	_, err := g.SetPolicy(g.ctx(), &agentpb.SetPolicyRequest{Policy: "package agent_policy"})
 	if status.Code(err) != codes.FailedPrecondition {

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -212,7 +213,7 @@ func openTap(name string) (*os.File, error) {
 }
 
 // startVM boots the image under emulation, with its network in a fresh namespace.
-func startVM(t *testing.T, m *image.Manifest, seed string) *vm {
+func startVM(t *testing.T, m *image.Manifest, seed string, cpus int) *vm {
 	t.Helper()
 	v := &vm{t: t, console: filepath.Join(t.TempDir(), "console"), ended: make(chan struct{}), node: nstest.New(t, "node")}
 	var tap *os.File
@@ -226,7 +227,7 @@ func startVM(t *testing.T, m *image.Manifest, seed string) *vm {
 	// As the local provider starts it (cloud/local), in short.
 	qemu := exec.Command("qemu-system-x86_64",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
+		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", "512",
 		"-kernel", m.Kernel.Path, "-initrd", m.Initrd.Path, "-append", "console=ttyS0 no_timer_check "+m.CommandLine,
 		"-serial", "file:"+v.console,
 		"-drive", "if=none,id=seed,format=raw,readonly=on,file="+seed, "-device", "virtio-blk-pci,drive=seed,disable-legacy=on",
