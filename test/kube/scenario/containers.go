@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/kata-remote/kata-remote/test/e2e"
@@ -84,39 +85,70 @@ func (s *Scenario) checkUpdate(ctx context.Context) (string, error) {
 	return fmt.Sprintf("after %v", time.Since(start).Round(time.Second)), err
 }
 
+// follower is a kubectl logs -f.
+type follower struct {
+	cmd *exec.Cmd
+
+	mu  sync.Mutex
+	out bytes.Buffer // guarded by mu
+}
+
+// Write takes what kubectl shows.
+func (f *follower) Write(b []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.out.Write(b)
+}
+
+func (f *follower) text() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.out.String()
+}
+
+// follow starts to follow a container's log and returns when its first words have
+// arrived: what comes later will be seen.
+func (s *Scenario) follow(ctx context.Context, container, words string) (*follower, error) {
+	f := &follower{cmd: exec.CommandContext(ctx, s.Cluster.Program, s.Cluster.KubectlArgs("-n", namespace, "logs", "-f", "parts", "-c", container)...)}
+	f.cmd.Stdout, f.cmd.Stderr = f, f
+	if err := f.cmd.Start(); err != nil {
+		return nil, err
+	}
+	return f, s.poll(ctx, func(context.Context) error {
+		if t := f.text(); !strings.Contains(t, words) {
+			return fmt.Errorf("the log of %s is %q", container, t)
+		}
+		return nil
+	})
+}
+
 // checkEnd follows the log of the pod's containers while it is deleted: nobody can be
 // asked afterwards.
 func (s *Scenario) checkEnd(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	follow := func(container string) (*exec.Cmd, *bytes.Buffer) {
-		cmd := exec.CommandContext(ctx, s.Cluster.Program, s.Cluster.KubectlArgs("-n", namespace, "logs", "-f", "parts", "-c", container)...)
-		var out bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &out
-		return cmd, &out
-	}
-	main, mainLog := follow("main")
-	sidecar, sidecarLog := follow("sidecar")
-	for _, c := range []*exec.Cmd{main, sidecar} {
-		if err := c.Start(); err != nil {
-			return "", err
-		}
-	}
-	_, err := s.kubectl(ctx, "delete", "pod", "parts")
-	main.Wait() // their status is the connection's
-	sidecar.Wait()
+	main, err := s.follow(ctx, "main", "post-start")
 	if err != nil {
 		return "", err
 	}
-	for _, want := range []string{"post-start", "pre-stop", "main ends"} {
-		if !strings.Contains(mainLog.String(), want) {
-			return "", fmt.Errorf("the log of main lacks %q: %q", want, mainLog)
+	sidecar, err := s.follow(ctx, "sidecar", "sidecar runs")
+	if err != nil {
+		return "", err
+	}
+	if _, err := s.kubectl(ctx, "delete", "pod", "parts"); err != nil {
+		return "", err
+	}
+	main.cmd.Wait() // their status is the connection's
+	sidecar.cmd.Wait()
+	for _, want := range []string{"pre-stop", "main ends"} {
+		if !strings.Contains(main.text(), want) {
+			return "", fmt.Errorf("the log of main lacks %q: %q", want, main.text())
 		}
 	}
-	if !strings.Contains(sidecarLog.String(), "sidecar ends") {
-		return "", fmt.Errorf("the log of the sidecar is %q", sidecarLog)
+	if !strings.Contains(sidecar.text(), "sidecar ends") {
+		return "", fmt.Errorf("the log of the sidecar is %q", sidecar.text())
 	}
-	return strings.Join(strings.Split(strings.TrimSpace(mainLog.String()+sidecarLog.String()), "\n"), ", "), nil
+	return strings.Join(strings.Split(strings.TrimSpace(main.text()+sidecar.text()), "\n"), ", "), nil
 }
 
 func (s *Scenario) endChecks() []e2e.Check {

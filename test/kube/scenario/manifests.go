@@ -84,7 +84,7 @@ spec:
   - name: sidecar
     image: BUSYBOX
     restartPolicy: Always
-    command: [sh, -c, "echo sidecar >> /shared/order; trap 'echo sidecar ends; exit 0' TERM; while :; do sleep 0.2; done"]
+    command: [sh, -c, "echo sidecar runs; echo sidecar >> /shared/order; trap 'echo sidecar ends; exit 0' TERM; while :; do sleep 0.2; done"]
     startupProbe: {exec: {command: [grep, sidecar, /shared/order]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 60}
     volumeMounts: [{name: shared, mountPath: /shared}]
   - {name: second, image: "BUSYBOX", command: [sh, -c, "echo second >> /shared/order"], volumeMounts: [{name: shared, mountPath: /shared}]}
