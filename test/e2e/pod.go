@@ -100,6 +100,13 @@ func (p *Pod) Run(ctx context.Context, name string, command ...string) (*Contain
 	return p.run(ctx, name, nil, command...)
 }
 
+// RunWith is Run with the Linux part of the configuration.
+func (p *Pod) RunWith(ctx context.Context, name string, linux map[string]any, command ...string) (*Container, error) {
+	q := *p
+	q.linux = linux
+	return q.run(ctx, name, nil, command...)
+}
+
 // RunImage is Run with an image of the node by its name.
 func (p *Pod) RunImage(ctx context.Context, name, image string, command ...string) (*Container, error) {
 	return p.runImage(ctx, name, image, nil, command...)

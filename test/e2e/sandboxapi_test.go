@@ -206,21 +206,7 @@ func (u usage) check() error {
 // checkStats looks at what the kubelet would see of a container and of its pod.
 func checkStats(ctx context.Context, t *testing.T, p *Pod, c *Container) {
 	t.Helper()
-	if err := within(ctx, func(ctx context.Context) error {
-		out, err := p.bed.Crictl(ctx, "stats", "-o", "json", "--id", c.ID)
-		if err != nil {
-			return err
-		}
-		var s struct {
-			Stats []usage `json:"stats"`
-		}
-		if err := json.Unmarshal([]byte(out), &s); err != nil || len(s.Stats) != 1 {
-			return fmt.Errorf("%s: %v", out, err)
-		}
-		return s.Stats[0].check()
-	}); err != nil {
-		t.Errorf("container: %v", err)
-	}
+	checkContainerStats(ctx, t, p.bed, c)
 	if err := within(ctx, func(ctx context.Context) error {
 		out, err := p.bed.Crictl(ctx, "statsp", "-o", "json", "--id", p.ID)
 		if err != nil {
