@@ -28,8 +28,8 @@ import (
 // node, and each does next to nothing.
 const gcPercent = 40
 
-// answerTimeout bounds what the end of the server waits for calls that are being
-// answered: what they waited for has ended.
+// answerTimeout bounds how long the end of the server waits for its clients to leave:
+// one that has its answer does so at once.
 const answerTimeout = 500 * time.Millisecond
 
 // Serve serves the Task API and the Sandbox API on the socket passed as fd 3 until containerd shuts the
@@ -48,7 +48,8 @@ func Serve(ctx context.Context, f Flags, version string) error {
 		return fmt.Errorf("fd 3 is not the socket that start passes on: %w", err)
 	}
 	lf.Close()
-	server, err := ttrpc.NewServer(ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser()))
+	served := newClients()
+	server, err := ttrpc.NewServer(ttrpc.WithServerHandshaker(served))
 	if err != nil {
 		return err
 	}
@@ -77,10 +78,11 @@ func Serve(ctx context.Context, f Flags, version string) error {
 		<-ended
 		os.Remove(path)
 		// The answer to Shutdown may be lost, which containerd expects; but where that to
-		// ShutdownSandbox is, it reports that the pod could not be removed.
+		// ShutdownSandbox is, it reports that the pod could not be removed. With the
+		// answer in hand it closes its connections.
 		sctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
 		defer cancel()
-		server.Shutdown(sctx)
+		served.wait(sctx)
 		server.Close()
 	}()
 	log.L.WithField(logkey.Sandbox, f.ID).Debug("shim serves")
