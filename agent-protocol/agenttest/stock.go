@@ -40,8 +40,10 @@ type Stock struct {
 	// Dir stands for /run/kata-containers.
 	Dir string
 
-	mu    sync.Mutex
-	conns []net.Conn // accepted so far; guarded by mu
+	mu        sync.Mutex
+	conns     []net.Conn // accepted so far; guarded by mu
+	destroyed bool       // the next answer is that to DestroySandbox; guarded by mu
+	end       func()     // ends Serve; guarded by mu
 }
 
 // shutdownTimeout is for replies on their way when the agent ends.
@@ -81,7 +83,10 @@ func (s *Stock) Serve(ctx context.Context) error {
 	s.Agent.mu.Lock()
 	s.Agent.init()
 	s.Agent.mu.Unlock()
-	svc := &stockService{service: service{s.Agent}, stock: s, end: cancel}
+	s.mu.Lock()
+	s.end = cancel
+	s.mu.Unlock()
+	svc := &stockService{service: service{s.Agent}, stock: s}
 	agentpb.RegisterAgentServiceService(srv, svc)
 	agentpb.RegisterHealthService(srv, svc)
 	calls, stopCalls := context.WithCancel(context.WithoutCancel(ctx))
@@ -90,8 +95,8 @@ func (s *Stock) Serve(ctx context.Context) error {
 	go func() {
 		defer close(ended)
 		<-ctx.Done()
-		// Shutdown lets the reply to DestroySandbox go out. Calls that wait for ever
-		// end with their connections, as they do when a process ends.
+		// Calls that wait for ever end with their connections, as they do when a
+		// process ends.
 		idle, stop := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer stop()
 		if srv.Shutdown(idle) != nil {
@@ -121,18 +126,35 @@ type counted struct {
 
 func (c counted) Accept() (net.Conn, error) {
 	conn, err := c.Listener.Accept()
-	if err == nil {
-		c.stock.mu.Lock()
-		c.stock.conns = append(c.stock.conns, conn)
-		c.stock.mu.Unlock()
+	if err != nil {
+		return nil, err
 	}
-	return conn, err
+	c.stock.mu.Lock()
+	defer c.stock.mu.Unlock()
+	c.stock.conns = append(c.stock.conns, conn)
+	return lastWords{conn, c.stock}, nil
+}
+
+// lastWords ends the agent when the answer to DestroySandbox is sent, and not before:
+// the shutdown of a ttrpc server takes answers away that wait to be written.
+type lastWords struct {
+	net.Conn
+	stock *Stock
+}
+
+func (l lastWords) Write(b []byte) (int, error) {
+	n, err := l.Conn.Write(b)
+	l.stock.mu.Lock()
+	defer l.stock.mu.Unlock()
+	if l.stock.destroyed {
+		l.stock.end()
+	}
+	return n, err
 }
 
 type stockService struct {
 	service
 	stock *Stock
-	end   context.CancelFunc
 }
 
 func (s *stockService) CreateSandbox(_ context.Context, r *agentpb.CreateSandboxRequest) (*emptypb.Empty, error) {
@@ -149,8 +171,11 @@ func (s *stockService) CreateSandbox(_ context.Context, r *agentpb.CreateSandbox
 }
 
 func (s *stockService) DestroySandbox(ctx context.Context, r *agentpb.DestroySandboxRequest) (*emptypb.Empty, error) {
-	defer s.end()
-	return s.service.DestroySandbox(ctx, r)
+	resp, err := s.service.DestroySandbox(ctx, r)
+	s.stock.mu.Lock()
+	defer s.stock.mu.Unlock()
+	s.stock.destroyed = true
+	return resp, err
 }
 
 const guestPull = "image_guest_pull"

@@ -249,7 +249,11 @@ func TestFrontOutlivesTheAgentsSocket(t *testing.T) {
 	// With its sandbox the agent ends, and its clients get the last reply before.
 	last := dial()
 	must[any](t)(last.DestroySandbox(ctx, &agentpb.DestroySandboxRequest{}))
-	if _, err := last.health.Check(ctx, &agentpb.CheckRequest{}); !errors.Is(err, ttrpc.ErrClosed) {
+	until(t, "the agent's end to reach its client", func() bool {
+		_, err = last.health.Check(ctx, &agentpb.CheckRequest{})
+		return err != nil
+	})
+	if !errors.Is(err, ttrpc.ErrClosed) {
 		t.Errorf("call to an agent that has ended: %v", err)
 	}
 }
