@@ -268,7 +268,12 @@ func (v *vm) waitFor(text string) {
 	defer deadline.Stop()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
-	for !strings.Contains(v.output(), text) {
+	// With the rest of its line: the console is written while it is read.
+	whole := func() bool {
+		_, after, found := strings.Cut(v.output(), text)
+		return found && strings.Contains(after, "\n")
+	}
+	for !whole() {
 		select {
 		case <-tick.C:
 		case <-v.ended:
