@@ -62,6 +62,9 @@ type suite struct {
 	say   func(string)
 }
 
+// suiteFolder begins the name of a run's folder in the bed's: report, temporary files.
+const suiteFolder = "critest-"
+
 // suiteTimeout bounds one run: ten times what it takes on two cores that are free.
 const suiteTimeout = time.Hour
 
@@ -71,7 +74,7 @@ const seed = "1"
 // run runs the suite and returns what became of each spec. That specs failed is not
 // an error; that the suite did not come to its end is.
 func (s *suite) run(ctx context.Context) (results, error) {
-	dir := filepath.Join(s.bed.Out, "critest-"+s.runtime)
+	dir := filepath.Join(s.bed.Out, suiteFolder+s.runtime)
 	tmp := filepath.Join(dir, "tmp")
 	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		return nil, err
