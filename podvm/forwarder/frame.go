@@ -76,8 +76,11 @@ func refusal(code codes.Code, format string, a ...any) []byte {
 	return b
 }
 
-// succeeded tells whether a response says OK.
-func succeeded(body []byte) bool {
+// class is what a response says. One that cannot be read is Unknown.
+func class(body []byte) codes.Code {
 	r := new(ttrpc.Response)
-	return proto.Unmarshal(body, r) == nil && r.GetStatus().GetCode() == int32(codes.OK)
+	if proto.Unmarshal(body, r) != nil {
+		return codes.Unknown
+	}
+	return codes.Code(r.GetStatus().GetCode())
 }

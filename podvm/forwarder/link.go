@@ -25,7 +25,8 @@ import (
 // asks, and nobody else (a second WaitProcess gets NOT_FOUND). So that a runtime
 // whose connection broke loses none of it:
 //
-//   - an exit is kept until its container is removed, and all who wait for it get it;
+//   - an exit is kept until its container is removed, and all who wait for it get it; the
+//     agent has forgotten the process with it, and who reads then is told of the end;
 //   - output and lack of memory that came for a client that has gone goes to the next
 //     that asks the same, and so does a question still open; the newest client is
 //     the one that is there.
@@ -244,12 +245,32 @@ func (l *link) answered(fr frame) {
 		return
 	}
 	delete(l.calls, fr.stream)
-	if succeeded(fr.body) {
+	switch class(fr.body) {
+	case codes.OK:
 		l.keep(c, fr.body)
+	case codes.NotFound:
+		if c.length > 0 && l.waitedFor(c.target) {
+			fr.body = nil // an empty response: a read without data, which is the end
+		}
 	}
 	for _, w := range c.waiters {
 		w.client.reply(w.stream, fr.body)
 	}
+}
+
+// waitedFor tells whether somebody has asked for a process's exit, with whose answer the
+// agent forgets the process. mu is held.
+func (l *link) waitedFor(t target) bool {
+	q := question{kind: shared, method: "WaitProcess", target: t}
+	if l.exits[q] != nil {
+		return true
+	}
+	for _, c := range l.calls {
+		if c.question == q {
+			return true
+		}
+	}
+	return false
 }
 
 // keep does with a success what its call asks for. mu is held.
