@@ -174,7 +174,7 @@ func (s *Scenario) checkTerminal(ctx context.Context) (string, error) {
 	}
 	// The size is sent after the command has started: it waits for it.
 	name, args := s.Bed.CrictlCommand("exec", "-i", "-t", s.app.ID, "sh", "-c",
-		`tty; i=0; while [ "$(stty size)" != "33 77" ] && [ $i -lt 100 ]; do i=$((i+1)); sleep 0.1; done; stty size; exit 5`)
+		`tty; i=0; while [ "$(stty size)" != "33 77" ] && [ $i -lt 600 ]; do i=$((i+1)); sleep 0.1; done; stty size; exit 5`)
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
