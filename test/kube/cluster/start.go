@@ -156,5 +156,6 @@ func (c *Cluster) Versions(ctx context.Context) (kubernetes, containerd string, 
 		return "", "", err
 	}
 	info := node.Status.NodeInfo
-	return info.KubeletVersion, strings.TrimPrefix(info.ContainerRuntimeVersion, "containerd://"), nil
+	containerd, _, _ = strings.Cut(strings.TrimPrefix(info.ContainerRuntimeVersion, "containerd://"), "+") // the build's own word
+	return info.KubeletVersion, containerd, nil
 }
