@@ -164,10 +164,10 @@ func (s *Stdin) CloseWrite() {
 	}
 }
 
-// Close ends a Read that waits.
+// Close ends a Read that waits, with an error: the input has not come to its end.
 func (s *Stdin) Close() {
+	s.r.Close() // first: without the other end, a Read would see an end
 	s.CloseWrite()
-	s.r.Close()
 }
 
 // idle tells how long nothing has moved.
