@@ -99,6 +99,11 @@ func (s *Suite) List(ctx context.Context, focus string) ([]string, error) {
 	cmd := exec.CommandContext(ctx, s.Program, append([]string{"--ginkgo.dry-run", "--ginkgo.no-color", "--ginkgo.focus=" + focus,
 		"--ginkgo.label-filter=" + s.filter(), "--ginkgo.json-report=" + file}, s.args()...)...)
 	cmd.Dir = s.Dir
+	remove, err := s.temporary(cmd)
+	if err != nil {
+		return nil, err
+	}
+	defer remove()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("list the tests: %w: %s", err, out)
 	}
@@ -117,6 +122,17 @@ func (s *Suite) List(ctx context.Context, focus string) ([]string, error) {
 	}
 	slices.Sort(names)
 	return slices.Compact(names), nil
+}
+
+// temporary gives a command a folder for temporary files: the suite leaves some behind,
+// even when it only lists its tests.
+func (s *Suite) temporary(cmd *exec.Cmd) (remove func(), err error) {
+	dir, err := os.MkdirTemp(s.Dir, "tmp")
+	if err != nil {
+		return nil, err
+	}
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+	return func() { os.RemoveAll(dir) }, nil
 }
 
 // only is a focus that matches these tests and no other.
@@ -146,6 +162,11 @@ func (s *Suite) Run(ctx context.Context, name string, tests []string, procs int,
 	args = append(append(args, s.Program, "--"), s.args()...)
 	cmd := exec.CommandContext(ctx, s.Ginkgo, args...)
 	cmd.Dir = s.Dir
+	remove, err := s.temporary(cmd)
+	if err != nil {
+		return nil, err
+	}
+	defer remove()
 	cmd.Stderr = log
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
