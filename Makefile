@@ -115,7 +115,7 @@ test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd17/containerd $(OU
 	@$(GO) build -o $(BIN)/tally ./test/tally
 	@$(GO) vet -tags $(TEST_TAGS) ./...
 	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \
-	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 15m -json ./... | $(BIN)/tally -name test
+	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 30m -json ./... | $(BIN)/tally -name test
 
 # FOCUS='regular expression' runs some of the specs only.
 critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containerd2/containerd
