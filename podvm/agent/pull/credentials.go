@@ -60,6 +60,9 @@ func readCredentials(file string) (credentials, error) {
 	return creds, nil
 }
 
+// dockerDomain is where docker's own registry has all its names.
+var dockerDomain = strings.TrimPrefix(name.DefaultRegistry, "index.")
+
 // credentialKey takes away what docker has written around a registry's name, the
 // scheme and the API's version, and gives docker's own registry its one name.
 func credentialKey(key string) string {
@@ -71,8 +74,7 @@ func credentialKey(key string) string {
 		key = strings.TrimSuffix(key, version)
 	}
 	host, rest, nested := strings.Cut(key, "/")
-	switch host {
-	case "docker.io", "registry-1.docker.io", "registry.hub.docker.com":
+	if host == dockerDomain || strings.HasSuffix(host, "."+dockerDomain) {
 		host = name.DefaultRegistry
 	}
 	if nested {

@@ -22,6 +22,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/static"
@@ -353,7 +354,8 @@ func TestDamagedAuthFile(t *testing.T) {
 
 func TestKeysOfCredentials(t *testing.T) {
 	for key, want := range map[string]string{
-		"https://index.docker.io/v1/": "index.docker.io", "docker.io": "index.docker.io", "registry-1.docker.io/library": "index.docker.io/library",
+		"https://" + name.DefaultRegistry + "/v1/": name.DefaultRegistry, dockerDomain: name.DefaultRegistry,
+		"registry-1." + dockerDomain + "/library": name.DefaultRegistry + "/library",
 		"http://r.example:5000/": "r.example:5000", "r.example/a/b": "r.example/a/b",
 	} {
 		if got := credentialKey(key); got != want {
