@@ -356,7 +356,7 @@ func TestKeysOfCredentials(t *testing.T) {
 	for key, want := range map[string]string{
 		"https://" + name.DefaultRegistry + "/v1/": name.DefaultRegistry, dockerDomain: name.DefaultRegistry,
 		"registry-1." + dockerDomain + "/library": name.DefaultRegistry + "/library",
-		"http://r.example:5000/": "r.example:5000", "r.example/a/b": "r.example/a/b",
+		"http://r.example:5000/":                  "r.example:5000", "r.example/a/b": "r.example/a/b",
 	} {
 		if got := credentialKey(key); got != want {
 			t.Errorf("%s is %s, want %s", key, got, want)
