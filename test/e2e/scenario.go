@@ -8,6 +8,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/kata-remote/kata-remote/test/testbed"
@@ -93,10 +94,26 @@ func (s *Scenario) nodeChecks() []Check {
 			if s.plainApp, err = s.plain.Run(ctx, "app", "sh", "-c", "httpd -f -p 80 -h /www"); err != nil {
 				return "", err
 			}
+			// Until it serves, its process may yet change its name, and would look like
+			// one that was left behind.
+			serves, cancel := context.WithTimeout(ctx, time.Minute)
+			defer cancel()
+			if err := testbed.Poll(serves, func(ctx context.Context) error { return dial(ctx, s.plain.IP) }); err != nil {
+				return "", err
+			}
 			s.before, err = TakeSnapshot()
 			return "address " + s.plain.IP, err
 		}},
 	}
+}
+
+// dial tells whether somebody serves HTTP at an address.
+func dial(ctx context.Context, addr string) error {
+	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(addr, "80"))
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 func (s *Scenario) podChecks() []Check {
