@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -26,11 +27,14 @@ import (
 	"github.com/kata-remote/kata-remote/test/testbed"
 )
 
-// sections are what can be measured, in the order in which it is.
-var sections = []struct {
+// section is something that can be measured.
+type section struct {
 	name string
 	run  func(*bench, context.Context) error
-}{
+}
+
+// sections are all of them, in the order in which they are measured.
+var sections = []section{
 	{"start", (*bench).starts},
 	{"memory", (*bench).memory},
 	{"exec", (*bench).execs},
@@ -99,23 +103,17 @@ func run(ctx context.Context, bin, podvm, out string, runs int, only []string) e
 		return err
 	}
 	defer b.cri.Close()
-	known := map[string]bool{}
-	for _, s := range sections {
-		known[s.name] = true
-	}
 	for _, name := range only {
-		if !known[name] {
+		if !slices.ContainsFunc(sections, func(s section) bool { return s.name == name }) {
 			return fmt.Errorf("-only: there is no %q", name)
 		}
 	}
 	for _, s := range sections {
-		for _, name := range only {
-			if name != s.name {
-				continue
-			}
-			if err := s.run(b, ctx); err != nil {
-				return fmt.Errorf("%s: %w", s.name, err)
-			}
+		if !slices.Contains(only, s.name) {
+			continue
+		}
+		if err := s.run(b, ctx); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
 	return nil

@@ -45,16 +45,23 @@ func (b *bench) memory(ctx context.Context) error {
 }
 
 // pss reads a process's proportional set size in KiB (proc(5), smaps_rollup).
-func pss(pid int) (int, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+func pss(pid int) (int, error) { return procKiB(pid, "smaps_rollup", "Pss:") }
+
+// peak reads a process's largest resident set in KiB (proc(5), status).
+func peak(pid int) (int, error) { return procKiB(pid, "status", "VmHWM:") }
+
+// procKiB reads a field of one of a process's files in /proc whose lines are a name and
+// a number of KiB.
+func procKiB(pid int, file, field string) (int, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/%s", pid, file))
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
 	for s := bufio.NewScanner(f); s.Scan(); {
-		if v, ok := strings.CutPrefix(s.Text(), "Pss:"); ok {
+		if v, ok := strings.CutPrefix(s.Text(), field); ok {
 			return strconv.Atoi(strings.Fields(v)[0])
 		}
 	}
-	return 0, fmt.Errorf("process %d has no Pss", pid)
+	return 0, fmt.Errorf("process %d has no %s", pid, strings.TrimSuffix(field, ":"))
 }

@@ -3,11 +3,8 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"os"
-	"strings"
 
 	"github.com/kata-remote/kata-remote/test/e2e"
 	"github.com/kata-remote/kata-remote/test/testbed"
@@ -70,21 +67,4 @@ func (b *bench) sized(ctx context.Context, p place, image string, mib int) error
 		fmt.Println()
 		return nil
 	})
-}
-
-// peak reads a process's largest resident set in KiB (proc(5), VmHWM).
-func peak(pid int) (int, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if v, ok := strings.CutPrefix(s.Text(), "VmHWM:"); ok {
-			var kib int
-			_, err := fmt.Sscan(v, &kib)
-			return kib, err
-		}
-	}
-	return 0, fmt.Errorf("process %d has no VmHWM", pid)
 }
