@@ -4,8 +4,8 @@
 // came from. A shim keeps one in the sandbox's bundle from before it asks for the
 // VM, so that whoever cleans up after it knows what to give back. containerd removes
 // a bundle whether or not the adaptor could be told; a note that could not be
-// delivered is then left beside the adaptor's socket, where the adaptor finds it
-// when it starts, and every shim when it has reached the adaptor.
+// delivered is then left beside the adaptor's socket, where the adaptor looks when it
+// starts and every few seconds, and every shim when it has reached the adaptor.
 package vmnote
 
 import (

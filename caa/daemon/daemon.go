@@ -136,9 +136,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("take over the sandboxes in %s: %w", st.Path(), err)
 	}
 	// What shims could not say while nobody was here.
-	if err := vmnote.Deliver(ctx, d.cfg.Socket, m.Stop); err != nil {
-		d.log.Error("notes left for the adaptor", logkey.Error, err)
-	}
+	d.takeNotes(ctx, m)
 	l, err := agentproxy.ListenUnix(ctx, d.cfg.Socket)
 	if err != nil {
 		return err
@@ -158,6 +156,17 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	defer stop()
 	wg.Go(func() { m.Expire(background) })
 	wg.Go(func() {
+		for tick := time.NewTicker(notesEvery); ; {
+			select {
+			case <-tick.C:
+				d.takeNotes(background, m)
+			case <-background.Done():
+				tick.Stop()
+				return
+			}
+		}
+	})
+	wg.Go(func() {
 		s := &sweep.Sweeper{Provider: d.provider, Owner: owner, Known: m.Knows, Log: d.log}
 		s.Run(background)
 	})
@@ -168,6 +177,17 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Info("stopping; pods run on")
 	}
 	return err
+}
+
+// notesEvery is how long a note may lie that a shim left after the first look: its
+// call broke with the adaptor before, and it wrote the note when this one was up.
+// Looking costs one read of a directory that is mostly not there.
+const notesEvery = 5 * time.Second
+
+func (d *Daemon) takeNotes(ctx context.Context, m *sandbox.Manager) {
+	if err := vmnote.Deliver(ctx, d.cfg.Socket, m.Stop); err != nil && ctx.Err() == nil {
+		d.log.Error("notes left for the adaptor", logkey.Error, err)
+	}
 }
 
 func pull(cfg *config.Config) sandbox.Pull {

@@ -252,19 +252,29 @@ func TestPodOverARestart(t *testing.T) {
 	}
 }
 
-// TestNotes: a stop that a shim could not deliver is found at the start.
+// TestNotes: a stop that a shim could not deliver is found at the start, and one that
+// comes just after it too: the shim's call broke with the adaptor before.
 func TestNotes(t *testing.T) {
-	n := newNode(t)
-	stop := n.run()
-	n.up("s1")
-	stop()
-	if err := (vmnote.Note{Sandbox: "s1", Socket: n.cfg.Socket}).Leave(); err != nil {
-		t.Fatal(err)
-	}
-	n.run()
-	until(t, "the instance to go", func() bool { return len(n.world.Instances()) == 0 })
-	if left, _ := filepath.Glob(filepath.Join(n.dir, "stop", "*")); len(left) > 0 {
-		t.Errorf("the note is still there: %v", left)
+	for name, up := range map[string]bool{"left while nobody ran": false, "left for one that runs": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			stop := n.run()
+			n.up("s1")
+			note := vmnote.Note{Sandbox: "s1", Socket: n.cfg.Socket}
+			if !up {
+				stop()
+			}
+			if err := note.Leave(); err != nil {
+				t.Fatal(err)
+			}
+			if !up {
+				n.run()
+			}
+			until(t, "the instance and the note to go", func() bool {
+				left, _ := filepath.Glob(filepath.Join(n.dir, "stop", "*"))
+				return len(n.world.Instances()) == 0 && len(left) == 0
+			})
+		})
 	}
 }
 
