@@ -30,9 +30,10 @@ import (
 //
 // An error of no class is unknown and must be treated as "it may have happened".
 type Provider interface {
-	// Plan chooses the instance type for a size and says what would be made,
-	// without asking the cloud for anything. InvalidArgument and
-	// ResourceExhausted name what was asked, what there is, and what to change.
+	// Plan chooses the instance type for a size and says what would be made. It
+	// makes nothing; what a cloud's types are it may ask once, and keeps the answer.
+	// InvalidArgument and ResourceExhausted name what was asked, what there is, and
+	// what to change.
 	Plan(ctx context.Context, size Size) (Plan, error)
 
 	// Create makes the instance for req.Token, or returns the one that already
@@ -96,12 +97,17 @@ type Size struct {
 	VCPUs     int
 	MemoryMiB int
 	GPUs      int
+	GPUModel  string // as the cloud calls it, case does not matter; "" takes any
 	Image     string // image id or name; "" takes the configured one
 }
 
 // Plan is what Create will make.
 type Plan struct {
-	Type      string // may be empty where the provider has no types
+	Type string // may be empty where the provider has no types
+	// Alternatives are types that would do as well, in the order in which to try
+	// them when there is no capacity for Type.
+	Alternatives []string `json:",omitempty"`
+
 	VCPUs     int
 	MemoryMiB int
 	GPUs      int
@@ -124,6 +130,14 @@ type CreateRequest struct {
 	// Tags are added to the provider's own. A key of the provider's own is an
 	// InvalidArgument.
 	Tags map[string]string
+
+	// Note keeps what a provider must know of a request when Create is called for
+	// it again, perhaps by the next process: which of several places it asked, for
+	// one. The text is on disk when Note returns nil; otherwise the provider must
+	// not go on. It holds no secret. nil: nobody keeps it.
+	Note func(ctx context.Context, progress string) error `json:"-"`
+	// Progress is what Note was last given for this token. "": it was not called.
+	Progress string `json:"-"`
 }
 
 // State is where an instance stands, in the terms common to all clouds.

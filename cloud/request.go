@@ -80,10 +80,10 @@ func (r CreateRequest) Validate() error {
 }
 
 // Fingerprint is equal for two requests exactly when they ask for the same
-// instance; the token is left out. It reveals nothing of the user data and may be
+// instance; the token and the progress are left out. It reveals nothing of the user data and may be
 // stored.
 func (r CreateRequest) Fingerprint() string {
-	r.Token = ""
+	r.Token, r.Progress, r.Note = "", "", nil
 	if len(r.Tags) == 0 {
 		r.Tags = nil
 	}

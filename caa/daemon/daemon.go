@@ -155,17 +155,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	defer wg.Wait()
 	defer stop()
 	wg.Go(func() { m.Expire(background) })
-	wg.Go(func() {
-		for tick := time.NewTicker(notesEvery); ; {
-			select {
-			case <-tick.C:
-				d.takeNotes(background, m)
-			case <-background.Done():
-				tick.Stop()
-				return
-			}
-		}
-	})
+	wg.Go(func() { d.watchNotes(background, m) })
 	wg.Go(func() {
 		s := &sweep.Sweeper{Provider: d.provider, Owner: owner, Known: m.Knows, Log: d.log}
 		s.Run(background)
@@ -183,6 +173,19 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 // call broke with the adaptor before, and it wrote the note when this one was up.
 // Looking costs one read of a directory that is mostly not there.
 const notesEvery = 5 * time.Second
+
+func (d *Daemon) watchNotes(ctx context.Context, m *sandbox.Manager) {
+	tick := time.NewTicker(notesEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.takeNotes(ctx, m)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
 
 func (d *Daemon) takeNotes(ctx context.Context, m *sandbox.Manager) {
 	if err := vmnote.Deliver(ctx, d.cfg.Socket, m.Stop); err != nil && ctx.Err() == nil {

@@ -76,6 +76,7 @@ func (r Request) parse() (parsed, error) {
 		VCPUs:     number(annotation.DefaultVCPUs, "number of vCPUs"),
 		MemoryMiB: number(annotation.DefaultMemory, "number of MiB"),
 		GPUs:      number(annotation.DefaultGPUs, "number of GPUs"),
+		GPUModel:  strings.TrimSpace(r.Annotations[annotation.DefaultGPUModel]),
 		Image:     strings.TrimSpace(r.Annotations[annotation.Image]),
 	}
 	if v := r.Annotations[annotation.InitData]; v != "" {

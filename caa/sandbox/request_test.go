@@ -28,7 +28,7 @@ func TestParse(t *testing.T) {
 		"a size": {map[string]string{
 			annotation.SandboxName: "nginx", annotation.MachineType: "m6a.large", annotation.Image: "ami-1",
 			annotation.DefaultVCPUs: "4", annotation.DefaultMemory: "8192", annotation.DefaultGPUs: "1", annotation.DefaultGPUModel: "tesla",
-		}, store.Pod{Name: "nginx"}, cloud.Size{Type: "m6a.large", Image: "ami-1", VCPUs: 4, MemoryMiB: 8192, GPUs: 1}},
+		}, store.Pod{Name: "nginx"}, cloud.Size{Type: "m6a.large", Image: "ami-1", VCPUs: 4, MemoryMiB: 8192, GPUs: 1, GPUModel: "tesla"}},
 		"CRI-O": {map[string]string{
 			annotation.SandboxName: "k8s_web_prod_0d5e_0",
 		}, store.Pod{Namespace: "prod", Name: "web"}, cloud.Size{}},

@@ -187,6 +187,9 @@ func (m *Manager) doInstance(ctx context.Context, sb *Sandbox) error {
 	inst, err := m.create(ctx, sb, cloud.CreateRequest{
 		Token: rec.Instance.Token, Name: rec.Instance.Name, SandboxID: rec.ID, Owner: rec.Instance.Owner,
 		Plan: rec.Instance.Plan, UserData: data, Tags: m.cfg.Tags,
+		Note: func(_ context.Context, progress string) error {
+			return sb.update(func(r *store.Record) { r.Instance.Progress = progress })
+		},
 	})
 	sb.serverKey, sb.serverCert = "", "" // the instance has them
 	if err != nil {
@@ -249,6 +252,7 @@ func (m *Manager) userData(rec store.Record, serverCert string, serverKey podvmc
 func (m *Manager) create(ctx context.Context, sb *Sandbox, req cloud.CreateRequest) (cloud.Instance, error) {
 	const first, longest = 200 * time.Millisecond, 5 * time.Second // clouds ask for about this when they throttle
 	for wait := first; ; wait = min(2*wait, longest) {
+		req.Progress = sb.record().Instance.Progress
 		inst, err := m.cfg.Provider.Create(ctx, req)
 		switch {
 		case err == nil:

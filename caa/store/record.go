@@ -72,9 +72,11 @@ type Instance struct {
 
 	// Asked is set before Create is first called and cleared when it is certain
 	// that nothing was made. While it is set, an instance may exist.
-	Asked bool             `json:"asked,omitempty"`
-	ID    cloud.InstanceID `json:"id,omitempty"` // "": not known (yet)
-	Addr  netip.Addr       `json:"addr,omitzero"`
+	Asked bool `json:"asked,omitempty"`
+	// Progress is the provider's own note on the request; see cloud.CreateRequest.
+	Progress string           `json:"progress,omitempty"`
+	ID       cloud.InstanceID `json:"id,omitempty"` // "": not known (yet)
+	Addr     netip.Addr       `json:"addr,omitzero"`
 }
 
 // Tunnel is the node end of one of the pod's tunnels, and the network it carries.
