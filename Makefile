@@ -114,8 +114,9 @@ demo-stop:
 test: build podvm-image verify $(BIN)/crictl $(OUT)/containerd17/containerd $(OUT)/containerd2/containerd
 	@$(GO) build -o $(BIN)/tally ./test/tally
 	@$(GO) vet -tags $(TEST_TAGS) ./...
-	@PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm \
-	$(GO) test -tags $(TEST_TAGS) -race -p 2 -timeout 30m -json ./... | $(BIN)/tally -name test
+	@export PEERPOD_BIN=$(BIN) PEERPOD_PODVM=$(OUT)/podvm; \
+	test="$(GO) test -tags $(TEST_TAGS) -race -timeout 30m -json"; \
+	$$test -p 2 ./... | $(BIN)/tally -name test -again "$$test"
 
 # FOCUS='regular expression' runs some of the specs only.
 critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containerd2/containerd
