@@ -130,7 +130,7 @@ func one(ctx context.Context, o options, name string, ex exclusions) (out outcom
 		return out, err
 	}
 	defer func() {
-		err = errors.Join(err, bed.Stop(), keepConsoles(bed))
+		err = errors.Join(err, bed.Stop())
 	}()
 	bed.Generation = testbed.Generations(bed.Bin)[name]
 	out.Logs = filepath.Join(bed.Out, "logs")
@@ -185,19 +185,6 @@ func one(ctx context.Context, o options, name string, ex exclusions) (out outcom
 		out.Problems = append(out.Problems, err.Error())
 	}
 	return out, ctx.Err()
-}
-
-// consoles is where the provider keeps what the machines wrote to their consoles. It
-// goes with these namespaces.
-const consoles = "/var/lib/peerpod/local/logs"
-
-// keepConsoles puts the consoles beside the other logs.
-func keepConsoles(bed *testbed.Bed) error {
-	err := os.CopyFS(filepath.Join(bed.Out, "logs", "podvm"), os.DirFS(consoles))
-	if errors.Is(err, os.ErrNotExist) { // no machine was made
-		return nil
-	}
-	return err
 }
 
 // firstPod runs and removes an ordinary pod.

@@ -189,7 +189,9 @@ func (b *Bed) StartAdaptor(ctx context.Context) error {
 		program = "simadaptor"
 	}
 	cmd := exec.Command(filepath.Join(b.Bin, program))
-	cmd.Env = append(os.Environ(), b.AdaptorConfig()...)
+	env := b.AdaptorConfig()
+	b.noteState(env)
+	cmd.Env = append(os.Environ(), env...)
 	d, err := b.Start(ctx, "adaptor", cmd, func(ctx context.Context) error {
 		c, err := (&net.Dialer{}).DialContext(ctx, "unix", HypervisorSocket)
 		if err == nil {

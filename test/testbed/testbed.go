@@ -50,6 +50,9 @@ type Bed struct {
 	// Containerd and Adaptor are nil until they are started.
 	Containerd *Daemon
 	Adaptor    *Daemon
+
+	made   time.Time
+	states map[string]bool // the state folders of its adaptors
 }
 
 // Generation is a containerd and where its programs are.
@@ -105,7 +108,7 @@ func New(bin, podvm, out string) (*Bed, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pod VM image: %w (run make podvm-image first)", err)
 	}
-	b := &Bed{Bin: bin, Image: m, Out: out}
+	b := &Bed{Bin: bin, Image: m, Out: out, made: time.Now()}
 	for _, f := range []string{
 		filepath.Join(bin, "containerd-shim-kata-remote-v2"), filepath.Join(bin, "cloud-api-adaptor"), filepath.Join(bin, "crictl"),
 		m.Kernel.Path, m.Initrd.Path,
@@ -134,7 +137,8 @@ func emptyDir(dir string) error {
 // Log is the path of a daemon's log.
 func (b *Bed) Log(name string) string { return filepath.Join(b.Out, "logs", name+".log") }
 
-// Stop ends what the bed started, last first.
+// Stop ends what the bed started, last first, and keeps the consoles of its machines
+// beside the other logs: they would go with these namespaces.
 func (b *Bed) Stop() error {
 	var errs []error
 	for _, d := range []*Daemon{b.Containerd, b.Adaptor} {
@@ -142,7 +146,7 @@ func (b *Bed) Stop() error {
 			errs = append(errs, d.Stop())
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, b.keepConsoles())...)
 }
 
 // Daemon is a program the bed started.
