@@ -110,6 +110,10 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		return loading.Wait()
 	})
 	g.Go(func() error {
+		loading.Follow(ctx, func(err error) { cfg.Logger.Error("a device has no driver", logkey.Error, err.Error()) })
+		return nil
+	})
+	g.Go(func() error {
 		boot, pod, err := readSeed(ctx, loading, m)
 		if err != nil {
 			return err
@@ -172,20 +176,15 @@ func prepare() error {
 }
 
 func startModules(ctx context.Context) (*kmod.Loading, error) {
-	f, err := os.Open(kmod.ListFile)
+	list, aliases, err := kmod.Lists(kmod.Dir)
 	if err != nil {
-		return nil, fmt.Errorf("the image has no module list: %w", err)
-	}
-	defer f.Close()
-	list, err := kmod.ReadList(f)
-	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read the image's module list: %w", err)
 	}
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
 		return nil, err
 	}
-	return kmod.Load(ctx, kmod.Dir, list, string(cmdline)), nil
+	return kmod.Load(ctx, kmod.Dir, list, aliases, string(cmdline)), nil
 }
 
 // readSeed waits for the disk's driver, reads the user data and writes its files.

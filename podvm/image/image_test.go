@@ -113,6 +113,36 @@ func TestResolve(t *testing.T) {
 	}
 }
 
+// What is needed on demand, or by some hardware, is not loaded at every start because
+// both need it.
+func TestResolveConditions(t *testing.T) {
+	k, err := OpenKernel(tree(t, map[string]string{
+		"card.ko": "depends=lib", "net.ko": "depends=card", "lib.ko": "depends=", "tool.ko": "depends=other", "other.ko": "depends=", "all.ko": "depends=base", "cd.ko": "depends=base", "base.ko": "depends=",
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := k.Resolve([]Want{
+		{Name: "card", When: kmod.Hardware}, {Name: "net", When: kmod.Demand},
+		{Name: "tool", When: kmod.Demand}, {Name: "other", When: kmod.Hardware},
+		{Name: "cd", When: kmod.Hardware}, {Name: "all"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	when := map[string]string{}
+	for _, m := range got {
+		when[m.Name] = m.When
+	}
+	want := map[string]string{
+		"card": kmod.Hardware, "lib": kmod.Hardware, "net": kmod.Demand, "tool": kmod.Demand, "other": kmod.Hardware,
+		"cd": kmod.Hardware, "all": "", "base": "",
+	}
+	if d := cmp.Diff(want, when); d != "" {
+		t.Error(d)
+	}
+}
+
 func TestSoftDependency(t *testing.T) {
 	info := parseModinfo([]byte("depends=a,b\x00softdep=pre: c d post: e\x00softdep=post: f\x00alias=x\x00"))
 	if d := cmp.Diff(modinfo{deps: []string{"a", "b"}, softPre: []string{"c", "d"}, aliases: []string{"x"}}, info, cmp.AllowUnexported(modinfo{})); d != "" {

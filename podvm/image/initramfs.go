@@ -53,7 +53,7 @@ func writeInitramfs(w io.Writer, c contents) error {
 	for _, m := range c.modules {
 		entry := kmod.Module{Name: m.Name, File: m.Name + ".ko", When: m.When, Deps: m.Deps}
 		list = append(list, entry)
-		if m.When == kmod.Demand {
+		if m.When == kmod.Demand || m.When == kmod.Hardware {
 			for _, name := range m.Aliases {
 				aliases = append(aliases, kmod.Alias{Pattern: name, Module: m.Name})
 			}

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/kata-remote/kata-remote/podvm/kmod"
 )
 
 // Kernel is an unpacked kernel package.
@@ -99,8 +101,8 @@ func (k *Kernel) Resolve(want []Want) ([]Module, error) {
 // Want is a module the image is to have.
 type Want struct {
 	Name string
-	// When names the bus the module drives: "pci", "mmio", or empty; or is kmod.Late
-	// or kmod.Demand.
+	// When names the bus the module drives: "pci", "mmio", or empty; or is kmod.Late,
+	// kmod.Demand or kmod.Hardware.
 	When string
 	// Optional modules may be missing from the package.
 	Optional bool
@@ -171,10 +173,17 @@ func (r *resolver) visit(name, when string, chain []string) error {
 }
 
 // widen takes the condition off a module, and off all it depends on, that is
-// wanted under another condition as well.
+// wanted under another condition as well. What needs it on demand or for hardware brings
+// it along then.
 func (r *resolver) widen(i int, when string) {
 	m := &r.out[i]
-	if m.When == "" || m.When == when {
+	switch {
+	case m.When == "" || m.When == when || when == kmod.Demand:
+		return
+	case when == kmod.Hardware:
+		if m.When == kmod.Demand {
+			m.When = when
+		}
 		return
 	}
 	m.When = ""

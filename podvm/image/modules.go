@@ -25,6 +25,37 @@ func (k *Kernel) checkForbidden(modules []Module) error {
 	return nil
 }
 
+// hardware are the modules for the machines of clouds, which are in the disk images only:
+// the initramfs is for QEMU, which has virtio. They are loaded where their device is.
+var hardware = []Want{
+	// AWS Nitro. (nvme is in the kernel.)
+	{Name: "nvme", When: kmod.Hardware},
+	{Name: "ena", When: kmod.Hardware},
+	// Azure: Hyper-V's bus, disks, network and clock, and the network cards that it hands
+	// through for accelerated networking.
+	{Name: "hv_vmbus", When: kmod.Hardware},
+	{Name: "hv_storvsc", When: kmod.Hardware},
+	{Name: "hv_netvsc", When: kmod.Hardware},
+	{Name: "hv_utils", When: kmod.Hardware},
+	{Name: "pci_hyperv", When: kmod.Hardware},
+	{Name: "mlx4_core", When: kmod.Hardware},
+	{Name: "mlx5_core", When: kmod.Hardware},
+	{Name: "mana", When: kmod.Hardware, Optional: true},
+	// Disks and CDs on SCSI: Azure's, and virtio's of others. Google's network.
+	{Name: "virtio_scsi", When: kmod.Hardware},
+	{Name: "sd_mod", When: kmod.Hardware},
+	{Name: "sr_mod", When: kmod.Hardware},
+	{Name: "gve", When: kmod.Hardware, Optional: true},
+	// mlx4_core asks for it when its card is an Ethernet one.
+	{Name: "mlx4_en", When: kmod.Demand},
+	// The file systems of CDs, and what encrypts the scratch space (podvm/boot).
+	{Name: "isofs", When: kmod.Demand},
+	{Name: "udf", When: kmod.Demand},
+	{Name: "dm_crypt", When: kmod.Demand},
+	{Name: "xts", When: kmod.Demand},
+	{Name: "aesni_intel", When: kmod.Demand, Optional: true},
+}
+
 // wanted are the modules a pod VM needs; what they depend on comes with them.
 var wanted = []Want{
 	// The machine's devices. Clouds and QEMU's q35 have them on PCI, QEMU's microvm

@@ -79,37 +79,17 @@ var errUnknown = errors.New("the image has no such module")
 
 // request loads the on-demand modules of that name or alias, and what they need.
 func request(name string, ld loader) error {
-	list, aliases, err := readLists(ld.dir)
+	list, aliases, err := Lists(ld.dir)
 	if err != nil {
 		return err
 	}
 	name = strings.ReplaceAll(name, "-", "_")
-	asked := map[string]bool{}
-	for _, a := range aliases {
-		if ok, _ := path.Match(strings.ReplaceAll(a.Pattern, "-", "_"), name); ok { // ReadAliases has checked the pattern
-			asked[a.Module] = true
-		}
-	}
-	found := false
-	needed := map[string]bool{}
-	for i := len(list) - 1; i >= 0; i-- { // a module stands after those it needs
-		m := list[i]
-		if m.When == Demand && (m.Name == name || asked[m.Name]) {
-			found, needed[m.Name] = true, true
-		}
-		if needed[m.Name] {
-			for _, d := range m.Deps {
-				needed[d] = true
-			}
-		}
-	}
-	if !found {
+	called := asked(aliases, name)
+	chosen := withDependencies(list, func(m Module) bool { return m.When == Demand && (m.Name == name || called[m.Name]) })
+	if len(chosen) == 0 {
 		return fmt.Errorf("%s: %w", name, errUnknown)
 	}
-	for _, m := range list {
-		if !needed[m.Name] {
-			continue
-		}
+	for _, m := range chosen {
 		if err := ld.insert(filepath.Join(ld.dir, m.File), ""); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("load kernel module %s: %w", m.Name, err)
 		}
@@ -117,7 +97,8 @@ func request(name string, ld loader) error {
 	return nil
 }
 
-func readLists(dir string) (list []Module, aliases []Alias, err error) {
+// Lists reads the list of modules in dir, and that of their aliases.
+func Lists(dir string) (list []Module, aliases []Alias, err error) {
 	f, err := os.Open(filepath.Join(dir, filepath.Base(ListFile)))
 	if err != nil {
 		return nil, nil, err

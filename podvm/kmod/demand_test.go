@@ -70,7 +70,7 @@ func TestReadAliasesRefuses(t *testing.T) {
 // TestDemandIsLeft: neither the start nor LoadLate loads what waits for the kernel.
 func TestDemandIsLeft(t *testing.T) {
 	var got []string
-	l := load(t.Context(), []Module{{Name: "a", File: "a.ko", When: Demand}, {Name: "b", File: "b.ko"}}, loader{
+	l := load(t.Context(), []Module{{Name: "a", File: "a.ko", When: Demand}, {Name: "b", File: "b.ko"}}, nil, loader{
 		insert: func(file, _ string) error { got = append(got, file); return nil },
 		has:    func(string) bool { return true },
 	})

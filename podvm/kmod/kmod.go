@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,7 +34,7 @@ const Late = "late"
 type Module struct {
 	Name string   // as in /proc/modules
 	File string   // below Dir
-	When string   // bus without which it is of no use: "pci" or "mmio"; or Late or Demand; empty: always
+	When string   // bus without which it is of no use: "pci" or "mmio"; or Late, Demand or Hardware; empty: always
 	Deps []string // modules to be loaded before
 }
 
@@ -80,11 +81,18 @@ func ReadList(r io.Reader) ([]Module, error) {
 
 // Loading is a list of modules on their way into the kernel.
 type Loading struct {
-	done  map[string]chan struct{} // by module; closed when it is in
-	ended chan struct{}            // closed when no more will be loaded
-	err   error                    // why not all were; set before ended is closed
-	late  []Module
-	ld    loader
+	list    []Module
+	aliases []Alias
+	done    map[string]chan struct{} // by module; closed when it is in
+	ended   chan struct{}            // closed when no more will be loaded, but for Late, Demand and later Hardware
+	err     error                    // why not all were; set before ended is closed
+	ld      loader
+
+	watch    newcomers // nil: the list has no Hardware modules
+	problems []error   // of Hardware modules; set before ended is closed
+
+	mu     sync.Mutex
+	loaded map[string]bool // whose done is closed; guarded by mu
 }
 
 // Load starts to load a list from dir, one module after the other in the list's
@@ -92,11 +100,14 @@ type Loading struct {
 // each other whenever kernel code is patched, which is most of a load (QEMU 7.2,
 // 2 vCPUs, 2026-11-21: 270 to 350 ms in a row, 570 ms side by side).
 //
+// Those for hardware that is there are the first, aliases tells which.
+//
 // cmdline is the kernel command line, whose "module.name=value" words the kernel
 // keeps for built-in modules only. Modules whose condition is Late are left to
-// LoadLate, those whose condition is Demand to the kernel. The caller calls Wait.
-func Load(ctx context.Context, dir string, list []Module, cmdline string) *Loading {
-	return load(ctx, list, loader{dir: dir, params: moduleParams(cmdline), insert: finitModule, has: hasBus})
+// LoadLate, those whose condition is Demand to the kernel and Request. The caller calls
+// Wait and Follow.
+func Load(ctx context.Context, dir string, list []Module, aliases []Alias, cmdline string) *Loading {
+	return load(ctx, list, aliases, loader{dir: dir, params: moduleParams(cmdline), insert: finitModule, has: hasBus, sys: sysPath, watch: listen})
 }
 
 // loader is what loading needs of the machine.
@@ -105,39 +116,90 @@ type loader struct {
 	params map[string]string
 	insert func(file, params string) error
 	has    func(bus string) bool
+	sys    string
+	watch  func() (newcomers, error)
 }
 
-func load(ctx context.Context, list []Module, ld loader) *Loading {
-	l := &Loading{done: make(map[string]chan struct{}, len(list)), ended: make(chan struct{}), ld: ld}
+func load(ctx context.Context, list []Module, aliases []Alias, ld loader) *Loading {
+	l := &Loading{
+		list: list, aliases: aliases, ld: ld, loaded: make(map[string]bool),
+		done: make(map[string]chan struct{}, len(list)), ended: make(chan struct{}),
+	}
 	for _, m := range list {
 		l.done[m.Name] = make(chan struct{})
-		if m.When == Late {
-			l.late = append(l.late, m)
+	}
+	if slices.ContainsFunc(list, func(m Module) bool { return m.When == Hardware }) {
+		// Before the first look, so that no device comes between the two.
+		if l.watch, l.err = ld.watch(); l.err != nil {
+			close(l.ended)
+			return l
 		}
 	}
 	go func() {
 		defer close(l.ended)
-		for _, m := range list {
-			if m.When == Late || m.When == Demand {
-				continue
-			}
-			if l.err = ctx.Err(); l.err != nil {
-				return
-			}
-			if l.err = ld.one(m); l.err != nil {
-				return
-			}
-			close(l.done[m.Name])
-		}
+		l.err = l.all(ctx)
 	}()
 	return l
 }
 
-// one loads a module, unless the machine has nothing it drives.
-func (ld loader) one(m Module) error {
-	if m.When != "" && m.When != Late && !ld.has(m.When) {
+// all loads what is neither Late nor on Demand.
+func (l *Loading) all(ctx context.Context) error {
+	problem := func(err error) {
+		if err != nil {
+			l.problems = append(l.problems, err)
+		}
+	}
+	if l.watch != nil {
+		problem(l.driveAll())
+	}
+	for _, m := range l.list {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if l.watch != nil {
+			problem(l.driveNew(l.watch.pending(false)))
+		}
+		if m.When == Late || m.When == Demand || m.When == Hardware {
+			continue
+		}
+		if m.When != "" && !l.ld.has(m.When) { // the machine has nothing it drives
+			l.is(m.Name)
+			continue
+		}
+		if err := l.insert(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// insert loads a module, unless it is loaded.
+func (l *Loading) insert(m Module) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.loaded[m.Name] {
 		return nil
 	}
+	if err := l.ld.one(m); err != nil {
+		return err
+	}
+	l.loaded[m.Name] = true
+	close(l.done[m.Name])
+	return nil
+}
+
+// is records that nobody need wait for a module any more.
+func (l *Loading) is(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.loaded[name] {
+		l.loaded[name] = true
+		close(l.done[name])
+	}
+}
+
+// one loads a module.
+func (ld loader) one(m Module) error {
 	err := ld.insert(filepath.Join(ld.dir, m.File), ld.params[m.Name])
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("load kernel module %s: %w", m.Name, err)
@@ -147,7 +209,9 @@ func (ld loader) one(m Module) error {
 
 // WaitFor waits until the named modules of the list are loaded, or the loading ended
 // before that. Names that are not on the list are built into the kernel and are not
-// waited for.
+// waited for. A Hardware module without its hardware is not waited for either; one whose
+// device stands behind another module's bus may come after this returns, and who needs
+// the device waits for that.
 func (l *Loading) WaitFor(names ...string) error {
 	for _, n := range names {
 		done := l.done[n]
@@ -171,17 +235,18 @@ func (l *Loading) Wait() error {
 	return l.err
 }
 
-// LoadLate waits like Wait and then loads the modules whose condition is Late. It is
-// called once.
+// LoadLate waits like Wait and then loads the modules whose condition is Late.
 func (l *Loading) LoadLate() error {
 	if err := l.Wait(); err != nil {
 		return err
 	}
-	for _, m := range l.late {
-		if err := l.ld.one(m); err != nil {
+	for _, m := range l.list {
+		if m.When != Late {
+			continue
+		}
+		if err := l.insert(m); err != nil {
 			return err
 		}
-		close(l.done[m.Name])
 	}
 	return nil
 }

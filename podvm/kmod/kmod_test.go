@@ -79,7 +79,7 @@ func (k *kernel) insert(file, params string) error {
 
 func TestLoadInOrder(t *testing.T) {
 	k := &kernel{params: map[string]string{}}
-	l := load(context.Background(), modules, loader{
+	l := load(context.Background(), modules, nil, loader{
 		dir: "/m", insert: k.insert, has: func(bus string) bool { return bus == "pci" },
 		params: moduleParams("quiet virtio-net.napi_tx=0 root=/dev/vda a.b virtio_net.csum=1"),
 	})
@@ -101,7 +101,7 @@ func TestLoadInOrder(t *testing.T) {
 func TestLoadLate(t *testing.T) {
 	k := &kernel{fail: map[string]error{}}
 	list := append([]Module{{Name: "overlay", File: "overlay.ko", When: Late}, {Name: "fuse", File: "fuse.ko", When: Late}}, modules...)
-	l := load(context.Background(), list, loader{dir: "/m", insert: k.insert, has: func(bus string) bool { return bus == "pci" }})
+	l := load(context.Background(), list, nil, loader{dir: "/m", insert: k.insert, has: func(bus string) bool { return bus == "pci" }})
 	if err := l.Wait(); err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestLoadLate(t *testing.T) {
 
 func TestLoadFails(t *testing.T) {
 	k := &kernel{fail: map[string]error{"/m/virtio.ko": unix.ENOEXEC}}
-	l := load(context.Background(), modules, loader{dir: "/m", insert: k.insert, has: func(string) bool { return true }})
+	l := load(context.Background(), modules, nil, loader{dir: "/m", insert: k.insert, has: func(string) bool { return true }})
 	for name, err := range map[string]error{"WaitFor": l.WaitFor("virtio_net"), "Wait": l.Wait()} {
 		if !errors.Is(err, unix.ENOEXEC) || !strings.Contains(err.Error(), "module virtio:") {
 			t.Errorf("%s: got %v, want ENOEXEC of virtio", name, err)
@@ -136,7 +136,7 @@ func TestLoadFails(t *testing.T) {
 
 func TestLoadedAlready(t *testing.T) {
 	k := &kernel{fail: map[string]error{"/m/virtio.ko": unix.EEXIST}}
-	l := load(context.Background(), modules, loader{dir: "/m", insert: k.insert, has: func(string) bool { return true }})
+	l := load(context.Background(), modules, nil, loader{dir: "/m", insert: k.insert, has: func(string) bool { return true }})
 	if err := l.Wait(); err != nil {
 		t.Error(err)
 	}
