@@ -9,6 +9,10 @@
 //	                    ├─ virtio_blk ─▶ seed ─┬─ virtio_net ─▶ links ─▶ tunnel ─┐
 //	                    └─ cgroups, lo         └─ credentials, agent ────────────┴▶ listening ─▶ cpus ─▶ late modules
 //
+// In a cloud, which the firmware tells, the seed is where the network leads to:
+//
+//	network card ─▶ DHCP ─▶ metadata service ─▶ seed ─▶ tunnel, agent
+//
 // As a service of an ordinary system (RunService): the configuration is a file and
 // the network is there, so only tunnel, agent and listening are left. Such a system may
 // bring a kata-agent of its own, which podvmd then stands before (docs/interop.md).

@@ -137,8 +137,8 @@ func TestBootFails(t *testing.T) {
 		files map[string]string
 		want  string
 	}{
-		"no network-config": {map[string]string{"user-data": userData(t, c.config())}, "podvmd: fatal: the user data's disk has no network-config"},
-		"no key":            {map[string]string{"user-data": userData(t, noKey), "network-config": networkConfig}, "podvmd: fatal: /run/peerpod/apf.json: tls-server-key is missing"},
+		"network of version 1": {map[string]string{"user-data": userData(t, c.config()), "network-config": "version: 1\n"}, "podvmd: fatal: no valid user data: NoCloud disk: network-config: version is 1, want 2"},
+		"no key":               {map[string]string{"user-data": userData(t, noKey), "network-config": networkConfig}, "podvmd: fatal: /run/peerpod/apf.json: tls-server-key is missing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := startVM(t, m, seed(t, s.files), 2)

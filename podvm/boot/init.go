@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
-	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
 	"github.com/kata-remote/kata-remote/podvm/kmod"
@@ -114,14 +113,20 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		return nil
 	})
 	g.Go(func() error {
-		boot, pod, err := readSeed(ctx, loading, m)
+		lease := newLeasing(loading, m)
+		defer lease.stop()
+		boot, pod, err := readSeed(ctx, bootconf.Detect(""), loading, lease, m)
 		if err != nil {
 			return err
 		}
-		network := func() error { return bringUpNetwork(ctx, cfg, boot, pod, loading, m) }
+		network := func() error { return bringUpNetwork(ctx, cfg, boot, pod, loading, lease, m) }
 		return serve(ctx, cfg, pod, m, network, func(log *slog.Logger) {
 			g.Go(func() error {
 				finish(ctx, loading, m, log)
+				return nil
+			})
+			g.Go(func() error {
+				lease.keep(ctx, log)
 				return nil
 			})
 		})
@@ -185,49 +190,4 @@ func startModules(ctx context.Context) (*kmod.Loading, error) {
 		return nil, err
 	}
 	return kmod.Load(ctx, kmod.Dir, list, aliases, string(cmdline)), nil
-}
-
-// readSeed waits for the disk's driver, reads the user data and writes its files.
-func readSeed(ctx context.Context, loading *kmod.Loading, m *marks) (*bootconf.Config, *podvmconfig.Config, error) {
-	defer m.done("seed")
-	if err := loading.WaitFor("virtio_pci", "virtio_mmio", "virtio_blk"); err != nil {
-		return nil, nil, err
-	}
-	boot, err := bootconf.Read(ctx, bootconf.NoCloud{})
-	if err != nil {
-		return nil, nil, err
-	}
-	if boot.Hostname != "" {
-		if err := unix.Sethostname([]byte(boot.Hostname)); err != nil {
-			return nil, nil, fmt.Errorf("set host name: %w", err)
-		}
-	}
-	if err := bootconf.WriteFiles("/", boot.Files); err != nil {
-		return nil, nil, err
-	}
-	for _, f := range boot.Files {
-		if f.Path == podvmconfig.Path {
-			pod, err := podvmconfig.Parse(f.Content)
-			return boot, pod, err
-		}
-	}
-	return nil, nil, fmt.Errorf("user data: write_files has no %s: nothing tells which pod this is", podvmconfig.Path)
-}
-
-func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod *podvmconfig.Config, loading *kmod.Loading, m *marks) error {
-	if boot.Links == nil {
-		return errors.New("the user data's disk has no network-config: give the interface's static address there, this image has no DHCP client")
-	}
-	if err := loading.WaitFor("virtio_net"); err != nil {
-		return err
-	}
-	if err := guestnet.ConfigureLinks(ctx, boot.Links); err != nil {
-		return err
-	}
-	m.done("nic")
-	if err := loading.WaitFor("vxlan", "xfrm_user"); err != nil {
-		return err
-	}
-	defer m.done("tunnel")
-	return guestnet.Ensure(ctx, cfg.PodNetNS, pod)
 }

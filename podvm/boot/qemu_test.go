@@ -212,10 +212,17 @@ func openTap(name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// startVM boots the image under emulation, with its network in a fresh namespace.
-func startVM(t *testing.T, m *image.Manifest, seed string, cpus int) *vm {
+// startVM boots the image under emulation, with its network in a fresh namespace. seed is
+// a disk, or empty; more are further arguments.
+func startVM(t *testing.T, m *image.Manifest, seed string, cpus int, more ...string) *vm {
 	t.Helper()
-	v := &vm{t: t, console: filepath.Join(t.TempDir(), "console"), ended: make(chan struct{}), node: nstest.New(t, "node")}
+	return startVMIn(t, nstest.New(t, "node"), m, seed, cpus, more...)
+}
+
+// startVMIn is startVM in a namespace that is there.
+func startVMIn(t *testing.T, node *nstest.NS, m *image.Manifest, seed string, cpus int, more ...string) *vm {
+	t.Helper()
+	v := &vm{t: t, console: filepath.Join(t.TempDir(), "console"), ended: make(chan struct{}), node: node}
 	var tap *os.File
 	v.node.Do(func() (err error) {
 		tap, err = openTap("tap0")
@@ -224,15 +231,17 @@ func startVM(t *testing.T, m *image.Manifest, seed string, cpus int) *vm {
 	defer tap.Close()
 	v.node.Up("tap0")
 	v.node.Addr("tap0", nodeAddr)
+	if seed != "" {
+		more = append(more, "-drive", "if=none,id=seed,format=raw,readonly=on,file="+seed, "-device", "virtio-blk-pci,drive=seed,disable-legacy=on")
+	}
 	// As the local provider starts it (cloud/local), in short.
-	qemu := exec.Command("qemu-system-x86_64",
+	qemu := exec.Command("qemu-system-x86_64", append([]string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", "512",
-		"-kernel", m.Kernel.Path, "-initrd", m.Initrd.Path, "-append", "console=ttyS0 no_timer_check "+m.CommandLine,
-		"-serial", "file:"+v.console,
-		"-drive", "if=none,id=seed,format=raw,readonly=on,file="+seed, "-device", "virtio-blk-pci,drive=seed,disable-legacy=on",
-		"-netdev", "tap,id=net0,fd=3", "-device", "virtio-net-pci,netdev=net0,mac="+guestMAC+",disable-legacy=on,romfile=",
-	)
+		"-kernel", m.Kernel.Path, "-initrd", m.Initrd.Path, "-append", "console=ttyS0 no_timer_check " + m.CommandLine,
+		"-serial", "file:" + v.console,
+		"-netdev", "tap,id=net0,fd=3", "-device", "virtio-net-pci,netdev=net0,mac=" + guestMAC + ",disable-legacy=on,romfile=",
+	}, more...)...)
 	qemu.ExtraFiles = []*os.File{tap}
 	var log strings.Builder
 	qemu.Stdout, qemu.Stderr = &log, &log

@@ -225,7 +225,7 @@ func TestWriteFiles(t *testing.T) {
 // source that looks there.
 func disk(t *testing.T, label string, files map[string]string) NoCloud {
 	t.Helper()
-	n := NoCloud{Sys: t.TempDir(), Dev: t.TempDir(), Wait: -1}
+	n := NoCloud{Disks{Sys: t.TempDir(), Dev: t.TempDir(), Wait: -1}}
 	w, err := iso9660.NewWriter()
 	if err != nil {
 		t.Fatal(err)
@@ -263,7 +263,7 @@ func TestRead(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(n.Dev, "vd0"), make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cfg, err := Read(context.Background(), NoCloud{Sys: t.TempDir(), Wait: -1}, n)
+	cfg, err := Read(context.Background(), NoCloud{Disks{Sys: t.TempDir(), Wait: -1}}, n)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,7 +104,7 @@ func (c netplanIf) parse(id string) (Ethernet, error) {
 		return Ethernet{}, invalid("ethernets.%s.%s "+format, append([]any{id, key}, a...)...)
 	}
 	if c.DHCP4 || c.DHCP6 {
-		return bad("dhcp4", "or dhcp6 is set: give addresses, this image has no DHCP client")
+		return bad("dhcp4", "or dhcp6 is set: give addresses, or no network configuration at all, which has DHCP give one to the first interface")
 	}
 	mac, err := net.ParseMAC(c.Match.MACAddress)
 	if err != nil || len(mac) != 6 {

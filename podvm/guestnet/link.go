@@ -103,6 +103,9 @@ func configure(link netlink.Link, e bootconf.Ethernet) error {
 		route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(r.Dst), Scope: netlink.SCOPE_LINK}
 		if r.Via.IsValid() {
 			route.Gw, route.Scope = r.Via.AsSlice(), netlink.SCOPE_UNIVERSE
+			if outside(r.Via, e.Addrs) {
+				route.Flags = int(netlink.FLAG_ONLINK)
+			}
 		}
 		if err := netlink.RouteReplace(route); err != nil {
 			return fmt.Errorf("add route to %s: %w", r.Dst, err)
