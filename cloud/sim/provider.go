@@ -20,7 +20,10 @@ type Provider struct {
 	w *World
 }
 
-var _ cloud.Provider = (*Provider)(nil)
+var (
+	_ cloud.Provider  = (*Provider)(nil)
+	_ cloud.Explainer = (*Provider)(nil)
+)
 
 // NewProvider returns a client of the cloud.
 func (w *World) NewProvider() *Provider { return &Provider{w: w} }
@@ -30,7 +33,7 @@ func (p *Provider) Plan(ctx context.Context, size cloud.Size) (cloud.Plan, error
 	if err := ctx.Err(); err != nil {
 		return cloud.Plan{}, err
 	}
-	t, err := p.w.cfg.Catalog.Choose(size)
+	choice, err := p.w.cfg.Catalog.Choose(size)
 	if err != nil {
 		return cloud.Plan{}, err
 	}
@@ -38,7 +41,15 @@ func (p *Provider) Plan(ctx context.Context, size cloud.Size) (cloud.Plan, error
 	if image == "" {
 		image = "sim-image"
 	}
-	return cloud.Plan{Type: t.Name, VCPUs: t.VCPUs, MemoryMiB: t.MemoryMiB, GPUs: t.GPUs, Image: image}, nil
+	return choice.Plan(image), nil
+}
+
+// Explain implements cloud.Explainer. It does not reach the cloud.
+func (p *Provider) Explain(ctx context.Context, size cloud.Size) (cloud.Choice, error) {
+	if err := ctx.Err(); err != nil {
+		return cloud.Choice{}, err
+	}
+	return p.w.cfg.Catalog.Choose(size)
 }
 
 // call brackets the effect of an API call with latency, limits and faults.

@@ -52,7 +52,7 @@ var DefaultCatalog = cloud.Catalog{
 		{Name: "sim.small", VCPUs: 2, MemoryMiB: 2048},
 		{Name: "sim.medium", VCPUs: 4, MemoryMiB: 8192},
 		{Name: "sim.large", VCPUs: 8, MemoryMiB: 32768},
-		{Name: "sim.gpu", VCPUs: 8, MemoryMiB: 65536, GPUs: 1},
+		{Name: "sim.gpu", VCPUs: 8, MemoryMiB: 65536, GPUs: 1, GPUModel: "SIM100"},
 	},
 	Default: "sim.small",
 	Key:     "the simulated cloud's catalog",
