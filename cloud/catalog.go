@@ -43,6 +43,8 @@ type Catalog struct {
 	// a share that grows with it (see Usable); DefaultOverheadMiB is what ours keeps.
 	// 0: nothing at all, so that a pod may ask for every byte that the type has.
 	OverheadMiB int
+	// Remark is about the list as a whole, for a person: where its prices are from.
+	Remark string
 }
 
 // pageShare is the share of memory, one part in this many, with which Linux describes
@@ -53,13 +55,13 @@ const pageShare = 64
 // DefaultOverheadMiB is what our guest keeps for itself besides the share above, on
 // Debian's cloud kernel 6.1 for x86-64, measured in November 2026 under QEMU:
 //
-//	 45  the kernel's code, data and boot-time tables: "71200K reserved" of 512 MiB in
-//	     its log, less the share (8 MiB) and the initramfs, which is freed
-//	 64  its bounce buffer for DMA (swiotlb), on machines of 4 GiB and more and on all
-//	     confidential ones: "271916K reserved" of 8 GiB, less the share
-//	 18  the root file system, which stays in memory
-//	 60  podvmd and the kernel's slabs, stacks and per-CPU memory
-//	 40  what firmware and hypervisor of a cloud keep (an estimate: ACPI, UEFI)
+//	45  the kernel's code, data and boot-time tables: "71200K reserved" of 512 MiB in
+//	    its log, less the share (8 MiB) and the initramfs, which is freed
+//	64  its bounce buffer for DMA (swiotlb), on machines of 4 GiB and more and on all
+//	    confidential ones: "271916K reserved" of 8 GiB, less the share
+//	18  the root file system, which stays in memory
+//	60  podvmd and the kernel's slabs, stacks and per-CPU memory
+//	40  what firmware and hypervisor of a cloud keep (an estimate: ACPI, UEFI)
 //
 // which is 227, and rounded up.
 const DefaultOverheadMiB = 256
@@ -93,7 +95,7 @@ func (c Catalog) Usable(t InstanceType) int {
 // InvalidArgument: the named type is not in the list or too small, or no type is
 // large enough. The choice then tells of each type why.
 func (c Catalog) Choose(size Size) (Choice, error) {
-	ch := Choice{Size: size, OverheadMiB: c.OverheadMiB}
+	ch := Choice{Size: size, OverheadMiB: c.OverheadMiB, Remark: c.Remark}
 	if len(c.Types) == 0 {
 		return ch, fmt.Errorf("there is no instance type to choose from; set %s: %w", c.key(), errdefs.ErrInvalidArgument)
 	}

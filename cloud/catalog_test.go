@@ -158,7 +158,7 @@ func TestOrderOfTheList(t *testing.T) {
 }
 
 func TestChoiceInWords(t *testing.T) {
-	c := Catalog{OverheadMiB: 128, Types: []InstanceType{
+	c := Catalog{OverheadMiB: 128, Remark: "prices: a guess", Types: []InstanceType{
 		{Name: "t3.small", VCPUs: 2, MemoryMiB: 2048, PricePerHour: 0.0208}, {Name: "m6a.2xlarge", VCPUs: 8, MemoryMiB: 32768, PricePerHour: 0.3456},
 		{Name: "m6a.xlarge", VCPUs: 4, MemoryMiB: 16384, PricePerHour: 0.1728}, {Name: "x.new", VCPUs: 4, MemoryMiB: 16384},
 		{Name: "g4dn.xlarge", VCPUs: 4, MemoryMiB: 16384, GPUs: 1, GPUModel: "T4", PricePerHour: 0.526},
@@ -168,7 +168,7 @@ func TestChoiceInWords(t *testing.T) {
 		t.Fatal(err)
 	}
 	const line = "asked for 3 vCPUs, 5000 MiB memory (GPU model T4, but no number of GPUs, so none): m6a.xlarge (4 vCPUs, 16384 MiB memory) at $0.1728 per hour, the cheapest that fits, of those whose price is known; " +
-		"then m6a.2xlarge, x.new; not g4dn.xlarge (it has GPUs, for which nobody asked), t3.small (2 vCPUs, fewer than 3; 2048 MiB memory, of which 1888 are left beside the guest, less than 5000)"
+		"then m6a.2xlarge, x.new; not g4dn.xlarge (it has GPUs, for which nobody asked), t3.small (2 vCPUs, fewer than 3; 2048 MiB memory, of which 1888 are left beside the guest, less than 5000); prices: a guess"
 	if d := cmp.Diff(line, got.String()); d != "" {
 		t.Error(d)
 	}
@@ -179,6 +179,7 @@ m6a.2xlarge  8      32768   -     0.3456    alternative  fits, tried as number 2
 x.new        4      16384   -     ?         alternative  fits, tried as number 3
 g4dn.xlarge  4      16384   1 T4  0.5260    no           it has GPUs, for which nobody asked
 t3.small     2      2048    -     0.0208    no           2 vCPUs, fewer than 3; 2048 MiB memory, of which 1888 are left beside the guest, less than 5000
+prices: a guess
 `
 	if d := cmp.Diff(table[1:], got.Table()); d != "" {
 		t.Error(d)

@@ -29,6 +29,7 @@ type Choice struct {
 	// Considered are all types of the catalog: the one taken, the alternatives in
 	// their order, then the others in the catalog's.
 	Considered []Verdict
+	Remark     string // the catalog's
 }
 
 // Verdict is what became of one type.
@@ -116,6 +117,9 @@ func (c Choice) String() string {
 			b.WriteString(" (" + v.Reason + ")")
 		}
 	}
+	if c.Remark != "" {
+		b.WriteString("; " + c.Remark)
+	}
 	return b.String()
 }
 
@@ -138,6 +142,9 @@ func (c Choice) Table() string {
 		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", t.Name, t.VCPUs, t.MemoryMiB, gpus, price, v.Outcome, v.Reason)
 	}
 	w.Flush()
+	if c.Remark != "" {
+		b.WriteString(c.Remark + "\n")
+	}
 	return b.String()
 }
 
