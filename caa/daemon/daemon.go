@@ -76,6 +76,10 @@ func NewWith(cfg *config.Config, provider cloud.Provider, log *slog.Logger) *Dae
 	return &Daemon{cfg: cfg, log: log, provider: provider, network: nodeNetwork{}}
 }
 
+// Provider is the one that the configuration names, for whoever needs the provider and
+// no adaptor: benchmarks.
+func (d *Daemon) Provider() cloud.Provider { return d.provider }
+
 // Check tells whether the adaptor could work on this node: what the provider needs
 // is there and its credentials are accepted, and so are the files for pulls by the
 // guest. It changes nothing.

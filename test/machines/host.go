@@ -210,3 +210,6 @@ func (h *Host) Console(id string) ([]byte, error) {
 }
 
 func (h *Host) consolePath(id string) string { return filepath.Join(h.cfg.Dir, id+".console") }
+
+// Device is the name of the bridge.
+func (h *Host) Device() string { return h.cfg.Bridge }

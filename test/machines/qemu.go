@@ -227,7 +227,7 @@ func (g *guest) command() ([]string, error) {
 	if m.AssetTag != "" {
 		args = append(args, "-smbios", "type=3,manufacturer="+value(m.Vendor)+",asset="+value(m.AssetTag))
 	}
-	boot, err := g.bootArgs()
+	boot, direct, err := g.bootArgs()
 	if err != nil {
 		return nil, err
 	}
@@ -236,35 +236,40 @@ func (g *guest) command() ([]string, error) {
 		if err := os.WriteFile(g.path(isoEnding), m.CDROM, 0o600); err != nil {
 			return nil, err
 		}
-		args = append(args, "-device", "virtio-scsi-pci,id=scsi0,disable-legacy=on",
-			"-drive", "if=none,id=cd,format=raw,media=cdrom,readonly=on,file="+value(g.path(isoEnding)), "-device", "scsi-cd,drive=cd,bus=scsi0.0")
+		if direct {
+			// The initramfs is for QEMU and has no drivers for SCSI.
+			args = append(args, "-drive", "if=none,id=cd,format=raw,readonly=on,file="+value(g.path(isoEnding)), "-device", "virtio-blk-pci,drive=cd,disable-legacy=on")
+		} else {
+			args = append(args, "-device", "virtio-scsi-pci,id=scsi0,disable-legacy=on",
+				"-drive", "if=none,id=cd,format=raw,media=cdrom,readonly=on,file="+value(g.path(isoEnding)), "-device", "scsi-cd,drive=cd,bus=scsi0.0")
+		}
 	}
 	return args, nil
 }
 
-// bootArgs are for what the machine starts from.
-func (g *guest) bootArgs() ([]string, error) {
+// bootArgs are for what the machine starts from, directly or by its firmware.
+func (g *guest) bootArgs() (args []string, direct bool, err error) {
 	info, err := os.Stat(g.m.Image)
 	if err != nil {
-		return nil, fmt.Errorf("image: %w", err)
+		return nil, false, fmt.Errorf("image: %w", err)
 	}
 	if info.IsDir() {
 		man, err := image.ReadManifest(g.m.Image)
 		if err != nil {
-			return nil, fmt.Errorf("image: %w", err)
+			return nil, false, fmt.Errorf("image: %w", err)
 		}
-		args := []string{"-kernel", man.Kernel.Path, "-initrd", man.Initrd.Path, "-append", kernelArgs + man.CommandLine}
+		args = []string{"-kernel", man.Kernel.Path, "-initrd", man.Initrd.Path, "-append", kernelArgs + man.CommandLine}
 		if _, err := os.Stat(qboot); err == nil {
 			args = append(args, "-bios", qboot)
 		}
-		return args, nil
+		return args, true, nil
 	}
 	vars, err := os.ReadFile(uefiVars)
 	if err != nil {
-		return nil, fmt.Errorf("UEFI firmware (install the package ovmf): %w", err)
+		return nil, false, fmt.Errorf("UEFI firmware (install the package ovmf): %w", err)
 	}
 	if err := os.WriteFile(g.path(varsEnding), vars, 0o600); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	disk := "virtio-blk-pci,drive=disk,disable-legacy=on"
 	if g.host.cfg.NVMe {
@@ -274,7 +279,7 @@ func (g *guest) bootArgs() ([]string, error) {
 		"-drive", "if=pflash,format=raw,readonly=on,file=" + uefiCode, "-drive", "if=pflash,format=raw,file=" + value(g.path(varsEnding)),
 		// What the machine writes goes into a file without a name, and ends with it.
 		"-drive", "if=none,id=disk,format=raw,snapshot=on,file=" + value(g.m.Image), "-device", disk,
-	}, nil
+	}, false, nil
 }
 
 // value writes a text as the value of a QEMU option, where a comma ends it.

@@ -3,7 +3,12 @@
 package machines
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
+	"io"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -11,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/kdomanski/iso9660"
 
 	"github.com/kata-remote/kata-remote/cloud/emulation"
 	"github.com/kata-remote/kata-remote/podvm/image"
@@ -158,4 +164,63 @@ func TestStartFails(t *testing.T) {
 	if _, err := h.Console("never-seen"); !errdefs.IsNotFound(err) {
 		t.Errorf("console of a machine that never was: %v", err)
 	}
+}
+
+// TestGuests boots the pod VM image where EC2's metadata service is, and where Azure's
+// CD is. Each is told nothing it could be, so that it says whom it asked and ends.
+func TestGuests(t *testing.T) {
+	h := newTestHost(t, testConfig(t))
+	const nobody = "#cloud-config\nwrite_files:\n- path: /run/peerpod/auth.json\n  content: |\n      {}\n"
+	ec2, ec2Ended := bootable(t, 4, "")
+	ec2.Vendor, ec2.Product = "Amazon EC2", "t3.small"
+	var service http.ServeMux
+	service.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "token") })
+	service.HandleFunc("GET /latest/user-data", func(w http.ResponseWriter, r *http.Request) {
+		if host, _, _ := net.SplitHostPort(r.RemoteAddr); host != ec2.Addr.Addr().String() || r.Header.Get("X-aws-ec2-metadata-token") != "token" {
+			t.Errorf("asked by %s with %v", r.RemoteAddr, r.Header)
+		}
+		io.WriteString(w, nobody)
+	})
+	service.HandleFunc("GET /", http.NotFound)
+	ec2.Metadata = &service
+
+	azure, azureEnded := bootable(t, 5, "")
+	azure.Vendor, azure.Product, azure.AssetTag = "Microsoft Corporation", "Virtual Machine", "7783-7084-3265-9085-8269-3286-77"
+	azure.CDROM = provisioningCD(t, nobody)
+
+	for _, m := range []emulation.Machine{ec2, azure} {
+		if err := h.Start(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-ec2Ended
+	<-azureEnded
+	for id, source := range map[string]string{ec2.ID: "EC2 metadata service", azure.ID: "Azure provisioning CD"} {
+		console, err := h.Console(id)
+		if want := "user data from " + source + ": write_files has no"; err != nil || !strings.Contains(string(console), want) {
+			t.Errorf("machine %s says\n%s\n(%v), want %q", id, console, err, want)
+		}
+	}
+}
+
+// provisioningCD is a CD as Azure puts it into a new machine's drive.
+func provisioningCD(t *testing.T, userData string) []byte {
+	t.Helper()
+	w, err := iso9660.NewWriter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Cleanup()
+	env := `<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" xmlns:wa="http://schemas.microsoft.com/windowsazure"><wa:ProvisioningSection>` +
+		`<wa:LinuxProvisioningConfigurationSet><wa:HostName>podvm</wa:HostName><wa:CustomData>` + base64.StdEncoding.EncodeToString([]byte(userData)) +
+		`</wa:CustomData></wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection></Environment>`
+	var cd bytes.Buffer
+	err = w.AddFile(strings.NewReader(env), "ovf-env.xml")
+	if err == nil {
+		err = w.WriteTo(&cd, "rd_rdfe")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cd.Bytes()
 }
