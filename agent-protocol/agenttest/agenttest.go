@@ -76,7 +76,7 @@ type Agent struct {
 	volumes    map[string]*volume
 	calls      []string
 	oom        chan string
-	wg         sync.WaitGroup
+	work       group
 }
 
 // File is something CopyFile made.
@@ -163,7 +163,33 @@ func (a *Agent) Close() {
 		}
 	}
 	a.mu.Unlock()
-	a.wg.Wait()
+	a.work.end()
+}
+
+// group is the goroutines of an Agent. A sync.WaitGroup alone must not be added to
+// while it is waited for, and calls come in until the server is closed.
+type group struct {
+	mu    sync.Mutex
+	ended bool // guarded by mu
+	wg    sync.WaitGroup
+}
+
+// run runs f in a goroutine of its own. Unavailable: the group has ended.
+func (g *group) run(f func()) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.ended {
+		return fmt.Errorf("the agent is closed: %w", errdefs.ErrUnavailable)
+	}
+	g.wg.Go(f)
+	return nil
+}
+
+func (g *group) end() {
+	g.mu.Lock()
+	g.ended = true
+	g.mu.Unlock()
+	g.wg.Wait()
 }
 
 // Calls are the methods called so far, in order.

@@ -97,12 +97,14 @@ func (s extensionService) ReadOutput(ctx context.Context, st podvmpb.PodVM_ReadO
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	a := &acks{acked: first.Offset, changed: make(chan struct{}, 1)}
-	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
+	err = s.work.run(func() {
 		defer cancel()
 		a.run(st, o)
-	}()
+	})
+	if err != nil {
+		cancel()
+		return errgrpc.ToGRPC(err)
+	}
 	err = s.send(ctx, st, o, first.Offset, first.Window, a)
 	if ctx.Err() != nil {
 		return nil

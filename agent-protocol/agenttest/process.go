@@ -46,16 +46,13 @@ func newProcess(spec *agentpb.Process, program Program) *process {
 	}
 }
 
-func (p *process) start(wg *sync.WaitGroup) error {
+func (p *process) start(work *group) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.started {
 		return fmt.Errorf("process is started already: %w", errdefs.ErrFailedPrecondition)
 	}
-	p.started = true
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
+	err := work.run(func() {
 		status := p.program(p.ctx, &Proc{
 			Args: p.spec.Args, Env: p.spec.Env, Terminal: p.spec.Terminal,
 			Stdin: p.stdin, Stdout: p.stdout, Stderr: p.stderr, Signals: p.signals,
@@ -70,8 +67,9 @@ func (p *process) start(wg *sync.WaitGroup) error {
 		p.stdout.end()
 		p.stderr.end()
 		close(p.done)
-	}()
-	return nil
+	})
+	p.started = err == nil
+	return err
 }
 
 func (p *process) kill() {

@@ -121,7 +121,7 @@ func pause(ctx context.Context, p *Proc) int {
 func (s service) StartContainer(_ context.Context, r *agentpb.StartContainerRequest) (*emptypb.Empty, error) {
 	p, err := s.find(r.ContainerId, "")
 	if err == nil {
-		err = p.start(&s.wg)
+		err = p.start(&s.work)
 	}
 	return empty, errgrpc.ToGRPC(err)
 }
@@ -161,7 +161,7 @@ func (s service) ExecProcess(_ context.Context, r *agentpb.ExecProcessRequest) (
 	}
 	p := newProcess(r.Process, prog)
 	c.procs[r.ExecId] = p
-	return empty, errgrpc.ToGRPC(p.start(&s.wg))
+	return empty, errgrpc.ToGRPC(p.start(&s.work))
 }
 
 func (s service) SignalProcess(_ context.Context, r *agentpb.SignalProcessRequest) (*emptypb.Empty, error) {
