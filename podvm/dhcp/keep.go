@@ -28,6 +28,9 @@ func (c *Client) Keep(ctx context.Context, l *Lease, changed func(*Lease)) {
 			return
 		}
 		next, err := c.renew(ctx, l)
+		if ctx.Err() != nil {
+			return
+		}
 		if err != nil {
 			if next, err = c.Acquire(ctx); err != nil {
 				// There is no socket to be had. If ctx ended instead, so does the loop.
@@ -63,7 +66,8 @@ func (c *Client) renew(ctx context.Context, l *Lease) (*Lease, error) {
 			return next, err
 		}
 		// RFC 2131 4.4.5: after half of what is left.
-		at = now.Add(min(max(end.Sub(now)/2, minRenewal), maxRenewal))
+		left := end.Sub(now)
+		at = now.Add(min(max(left/2, minRenewal), maxRenewal, left))
 	}
 }
 

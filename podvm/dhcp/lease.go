@@ -100,6 +100,9 @@ func (l *Lease) times(m *dhcpv4.DHCPv4) {
 		l.T2 = l.Time * 7 / 8
 	}
 	if l.T1 <= 0 || l.T1 >= l.T2 {
-		l.T1 = min(l.Time/2, l.T2/2)
+		l.T1 = l.Time / 2
+	}
+	if l.T1 >= l.T2 {
+		l.T1 = l.T2 / 2
 	}
 }
