@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
+	"github.com/kata-remote/kata-remote/cloud/iso9660"
 )
 
 // Provider makes VMs on this node. It has no state of its own but the
@@ -225,7 +226,7 @@ func (p *Provider) make(ctx context.Context, r *record, userData []byte, fresh b
 			return err
 		}
 	}
-	img, err := isoImage(seedLabel, seedFiles(r, p.cfg.MTU, userData), r.CreatedAt)
+	img, err := iso9660.Image(seedLabel, seedFiles(r, p.cfg.MTU, userData), r.CreatedAt)
 	if err == nil {
 		err = writeFile(filepath.Join(p.dir(r.ID), seedName), img)
 	}

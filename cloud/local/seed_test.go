@@ -13,14 +13,16 @@ import (
 	"time"
 
 	"github.com/kdomanski/iso9660"
+
+	ours "github.com/kata-remote/kata-remote/cloud/iso9660"
 )
 
 // TestSeedImage reads the image with somebody else's code.
 func TestSeedImage(t *testing.T) {
 	files := map[string][]byte{
-		"user-data": bytes.Repeat([]byte("x"), 3*sector+1), "meta-data": []byte("instance-id: a\n"), "network-config": {},
+		"user-data": bytes.Repeat([]byte("x"), 3*2048+1), "meta-data": []byte("instance-id: a\n"), "network-config": {},
 	}
-	img, err := isoImage(seedLabel, files, time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC))
+	img, err := ours.Image(seedLabel, files, time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +60,7 @@ func TestSeedImage(t *testing.T) {
 
 // TestSeedLabel asks blkid, which guests with udev use to find the seed.
 func TestSeedLabel(t *testing.T) {
-	img, err := isoImage(seedLabel, map[string][]byte{"user-data": []byte("#cloud-config\n")}, time.Now())
+	img, err := ours.Image(seedLabel, map[string][]byte{"user-data": []byte("#cloud-config\n")}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
