@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package azure
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v8"
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/cloud"
+)
+
+// follower waits for a VM that Azure has agreed to make.
+//
+// Two things can be asked. The VM itself says when it has a host and runs, long
+// before the operation is done, but may be read 36 times at once and then 12 times a
+// minute. The operation, 45 times and then 15, says only that it has ended, and why.
+// So the VM is read often at first and then every five seconds, and the operation
+// beside it when it says so (Retry-After) or every two seconds.
+type follower struct {
+	p *Provider
+	things
+	seen      *armcompute.VirtualMachine // as last read; nil: not yet
+	operation string                     // path and query; "": not known
+	began     time.Time
+
+	nextVM, nextOperation time.Time
+	lastErr               error // of reading, for the case that time runs out
+}
+
+const (
+	// operationFrom: before, reading the VM is enough.
+	operationFrom  = 15 * time.Second
+	operationEvery = 2 * time.Second
+	// visibleWithin is how long a VM that was accepted may not be there yet.
+	visibleWithin = 10 * time.Second
+)
+
+// vmEvery is the time between two looks at the VM. In the first 24 s that makes 30,
+// and then as many as Azure refills.
+func vmEvery(age time.Duration) time.Duration {
+	switch {
+	case age < 2*time.Second:
+		return 250 * time.Millisecond
+	case age < 24*time.Second:
+		return time.Second
+	}
+	return 6 * time.Second
+}
+
+// follow returns the instance as soon as it runs and has an address, or an *apiError
+// with status 0 when the operation has failed.
+func (f *follower) follow(ctx context.Context) (cloud.Instance, error) {
+	f.nextVM = f.began
+	if f.seen != nil {
+		f.nextVM = f.began.Add(vmEvery(0))
+	}
+	f.nextOperation = f.began.Add(operationFrom)
+	for {
+		if f.seen != nil {
+			inst, done, err := f.look(ctx)
+			if done || err != nil {
+				return inst, err
+			}
+		}
+		if err := f.ask(ctx); err != nil {
+			return cloud.Instance{}, err
+		}
+	}
+}
+
+// look decides by what was last read of the VM.
+func (f *follower) look(ctx context.Context) (cloud.Instance, bool, error) {
+	inst := f.p.instanceOf(f.things, f.seen)
+	state := provisioning(f.seen)
+	switch {
+	case (state == "Failed" || state == "Canceled") && inst.State == cloud.StateFailed:
+		return inst, false, f.why(ctx)
+	case inst.State == cloud.StateDeleting:
+		return inst, false, fmt.Errorf("%s is being deleted; it can be made again when it is gone: %w", f.name, errdefs.ErrUnavailable)
+	case inst.State == cloud.StateFailed: // it was made, and has stopped since
+		return inst, true, nil
+	}
+	if len(inst.Addrs) == 0 {
+		addrs, err := f.p.addresses(ctx, f.things, f.seen)
+		if ctx.Err() != nil {
+			return inst, false, ctx.Err()
+		}
+		if err != nil {
+			f.lastErr = err
+		}
+		inst.Addrs = addrs
+	}
+	return inst, inst.State == cloud.StateRunning && len(inst.Addrs) > 0, nil
+}
+
+// ask waits for the next time to ask and asks.
+func (f *follower) ask(ctx context.Context) error {
+	next := f.nextVM
+	if f.operation != "" && f.nextOperation.Before(next) {
+		next = f.nextOperation
+	}
+	if err := pauseFor(ctx, time.Until(next)); err != nil {
+		if f.lastErr != nil {
+			return fmt.Errorf("%w; last: %w", err, f.lastErr)
+		}
+		return err
+	}
+	now := time.Now()
+	if f.operation != "" && !f.nextOperation.After(now) {
+		done, after, err := f.p.operationState(ctx, f.operation, f.vm())
+		f.nextOperation = later(now.Add(operationEvery), after)
+		var failed *apiError
+		switch {
+		case errors.As(err, &failed) && failed.status == 0:
+			return err
+		case missing(err):
+			f.operation = "" // Azure forgets them; the VM says the rest
+		case err != nil:
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			f.lastErr = err
+		case done:
+			f.nextVM = now
+		}
+	}
+	if !f.nextVM.After(now) {
+		return f.read(ctx, now)
+	}
+	return nil
+}
+
+// read reads the VM.
+func (f *follower) read(ctx context.Context, now time.Time) error {
+	vm, err := f.p.getVM(ctx, f.things)
+	f.nextVM = now.Add(vmEvery(now.Sub(f.began)))
+	var refused *apiError
+	switch {
+	case err == nil:
+		f.seen, f.lastErr = vm, nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case missing(err):
+		if now.Sub(f.began) < visibleWithin {
+			return nil
+		}
+		if f.operation != "" {
+			if _, _, err := f.p.operationState(ctx, f.operation, f.vm()); err != nil && !missing(err) {
+				return err
+			}
+		}
+		return fmt.Errorf("%w: %w", errGone, errdefs.ErrUnavailable)
+	case errors.As(err, &refused) && errdefs.IsUnavailable(err):
+		f.nextVM, f.lastErr = later(f.nextVM, refused.after), err
+	case errdefs.IsUnavailable(err):
+		f.lastErr = err
+	default:
+		return err
+	}
+	return nil
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+// why finds out why a VM could not be made: its operation knows best; else what the VM
+// says of itself.
+func (f *follower) why(ctx context.Context) error {
+	if f.operation != "" {
+		_, _, err := f.p.operationState(ctx, f.operation, f.vm())
+		var failed *apiError
+		if errors.As(err, &failed) && failed.status == 0 {
+			return err
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	code, message := failureOf(f.seen)
+	return newAPIError(0, odata{Code: code, Message: message}, time.Time{})
+}
+
+// operationState asks for a long-running operation. An *apiError with status 0: the
+// operation has failed. after is when to ask again.
+func (p *Provider) operationState(ctx context.Context, operation, vm string) (done bool, after time.Time, err error) {
+	path, query, err := p.arm.local(operation)
+	if err != nil {
+		return false, after, err
+	}
+	var state struct {
+		Status string `json:"status"`
+		Error  odata  `json:"error"`
+	}
+	c := call{path: path, query: query, counts: subject{familyOperation, vm}}
+	if !query.Has("api-version") {
+		c.version = apiOperation
+	}
+	rep, err := p.arm.read(ctx, c, &state)
+	var refused *apiError
+	if errors.As(err, &refused) {
+		return false, refused.after, err
+	}
+	if err != nil {
+		return false, after, err
+	}
+	switch strings.ToLower(state.Status) {
+	case "succeeded":
+		return true, rep.after, nil
+	case "failed", "canceled":
+		if state.Error.Code == "" {
+			state.Error.Code = state.Status
+		}
+		return true, rep.after, newAPIError(0, state.Error, time.Time{})
+	}
+	return false, rep.after, nil
+}
+
+// provisioning is the VM's provisioning state.
+func provisioning(vm *armcompute.VirtualMachine) string {
+	if vm.Properties == nil || vm.Properties.ProvisioningState == nil {
+		return ""
+	}
+	return *vm.Properties.ProvisioningState
+}
+
+// statuses are the codes of the VM's instance view that begin with prefix, without
+// it, and their messages.
+func statuses(vm *armcompute.VirtualMachine, prefix string, f func(code, message string)) {
+	if vm.Properties == nil || vm.Properties.InstanceView == nil {
+		return
+	}
+	for _, s := range vm.Properties.InstanceView.Statuses {
+		if s == nil || s.Code == nil {
+			continue
+		}
+		if len(*s.Code) < len(prefix) || !strings.EqualFold((*s.Code)[:len(prefix)], prefix) {
+			continue
+		}
+		message := ""
+		if s.Message != nil {
+			message = *s.Message
+		}
+		f((*s.Code)[len(prefix):], message)
+	}
+}
+
+// power is the VM's power state, "" where it has none yet.
+func power(vm *armcompute.VirtualMachine) (state string) {
+	statuses(vm, "PowerState/", func(code, _ string) { state = strings.ToLower(code) })
+	return state
+}
+
+// failureOf is the code and the text of a VM whose provisioning has failed.
+func failureOf(vm *armcompute.VirtualMachine) (code, message string) {
+	code = "ProvisioningFailed"
+	statuses(vm, "ProvisioningState/failed", func(c, m string) {
+		if c = strings.TrimPrefix(c, "/"); c != "" {
+			code = c
+		}
+		message = m
+	})
+	return code, message
+}
