@@ -156,7 +156,11 @@ func (p *Provider) earlier(ctx context.Context, l launch) (*attempt, *machine, e
 		if known.request != l.request {
 			return nil, nil, used(l.req.Token, known.id)
 		}
-		return &known.attempt, nil, nil
+		m, err := p.get(ctx, known.id)
+		if errdefs.IsNotFound(err) || err == nil && m.ended {
+			return &known.attempt, nil, nil
+		}
+		return nil, &m, err
 	}
 	if l.req.Progress != "" {
 		var a attempt
