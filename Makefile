@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo         run a pod in its own virtual machine on this machine, and check all of it
+# make demo         run a pod in its own virtual machine on this machine, and check all of it;
+#                   PROVIDER=aws or azure: through that cloud's provider, on an emulation of the cloud
 # make test         every test: unit, kernel, end to end
 # make critest      Kubernetes' test suite for container runtimes, on containerd 1.6 and 2, against runc;
 #                   writes docs/compatibility.md
@@ -23,6 +24,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 LDFLAGS := -s -w -X main.version=$(VERSION)
 MODULE  := github.com/kata-remote/kata-remote
 KEEP    ?=
+PROVIDER ?=
 
 export GOFLAGS := $(GOFLAGS) -trimpath
 export PATH := $(BIN):$(PATH)
@@ -104,7 +106,7 @@ $(OUT)/kube/e2e.test: $(wildcard test/tools/kube/go.* test/tools/kube/*.go test/
 
 demo: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/demo ./test/demo
-	@$(BIN)/demo -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/demo $(if $(KEEP),-keep)
+	@$(BIN)/demo -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/demo -provider '$(PROVIDER)' $(if $(KEEP),-keep)
 
 demo-stop:
 	@$(BIN)/demo -out $(OUT)/demo -stop

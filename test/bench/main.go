@@ -41,6 +41,8 @@ var sections = []section{
 	{"container", (*bench).containers},
 	{"log", (*bench).logs},
 	{"rootfs", (*bench).rootfs},
+	{"aws", func(b *bench, ctx context.Context) error { return b.cloud(ctx, "aws") }},
+	{"azure", func(b *bench, ctx context.Context) error { return b.cloud(ctx, "azure") }},
 }
 
 func main() {
@@ -119,16 +121,24 @@ func run(ctx context.Context, bin, podvm, out string, runs int, only []string) e
 	return nil
 }
 
+// leave ends the adaptor that runs.
+func (b *bench) leave() error {
+	b.now = place{}
+	if b.bed.Adaptor == nil {
+		return nil
+	}
+	err := b.bed.Adaptor.Stop()
+	b.bed.Adaptor = nil
+	return err
+}
+
 // in makes p the place where pods of the handler run.
 func (b *bench) in(ctx context.Context, p place) error {
 	if p == b.now || p == onNode {
 		return nil
 	}
-	if b.bed.Adaptor != nil {
-		if err := b.bed.Adaptor.Stop(); err != nil {
-			return err
-		}
-		b.bed.Adaptor = nil
+	if err := b.leave(); err != nil {
+		return err
 	}
 	b.bed.Simulated = p.simulated
 	b.bed.AdaptorEnv = []string{"STATE_DIR=" + filepath.Join("/var/lib/peerpod", strings.ReplaceAll(p.name, " ", "-"))}

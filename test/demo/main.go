@@ -12,9 +12,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
+	"github.com/kata-remote/kata-remote/test/cloudbed"
 	"github.com/kata-remote/kata-remote/test/e2e"
 	"github.com/kata-remote/kata-remote/test/testbed"
 )
@@ -24,6 +26,7 @@ func main() {
 	podvm := flag.String("podvm", "_output/podvm", "folder of the pod VM image")
 	out := flag.String("out", "_output/demo", "folder for logs and state")
 	keep := flag.Bool("keep", false, "leave the node and the pod running")
+	provider := flag.String("provider", "", "run the pods through this cloud's provider, on an emulation of the cloud: aws or azure; empty: the embedded provider")
 	stop := flag.Bool("stop", false, "stop what -keep left running")
 	flag.Parse()
 	pidFile := *out + ".pid"
@@ -37,10 +40,14 @@ func main() {
 	if code, done := testbed.Isolate(testbed.Isolation{PIDFile: pidFile, MayKeep: *keep}); done {
 		os.Exit(code)
 	}
-	os.Exit(run(*bin, *podvm, *out, pidFile, *keep))
+	if !slices.Contains(append(cloudbed.Providers(), ""), *provider) {
+		fmt.Fprintf(os.Stderr, "demo: PROVIDER is %q, and the demo knows %q\n", *provider, cloudbed.Providers())
+		os.Exit(2)
+	}
+	os.Exit(run(*bin, *podvm, *out, pidFile, *provider, *keep))
 }
 
-func run(bin, podvm, out, pidFile string, keep bool) int {
+func run(bin, podvm, out, pidFile, provider string, keep bool) int {
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
 	bed, err := testbed.New(bin, podvm, out)
@@ -50,12 +57,18 @@ func run(bin, podvm, out, pidFile string, keep bool) int {
 		return 1
 	}
 	n := &e2e.Narrator{}
-	s := &e2e.Scenario{Bed: bed, Keep: keep}
+	s := &e2e.Scenario{Bed: bed, Provider: provider, Keep: keep}
 	passed, failed := s.Run(ctx, n.Chapter, n.Begin, n.Report)
 	if failed > 0 {
 		fmt.Printf("\ndemo: %s\n", n.FirstFailure)
 		fmt.Printf("demo: logs are in %s\n", filepath.Join(bed.Out, "logs"))
 		bed.Stop()
+	}
+	if failed > 0 || !keep {
+		if err := s.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			failed++
+		}
 	}
 	if failed == 0 && keep {
 		fmt.Print(howToUse(pidFile, s))

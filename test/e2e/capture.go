@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-remote/kata-remote/cloud/emulation"
 )
 
 // Capture counts, by kind, what passes a device of the node.
@@ -21,6 +23,7 @@ type Capture struct {
 	mu      sync.Mutex // guards the fields below
 	tunnel  int        // UDP to or from the tunnel's port
 	agent   int        // TCP to or from 15150
+	cloud   int        // what a machine asks of its cloud: metadata, DHCP
 	local   int        // ARP and neighbour discovery: how the two find each other
 	strange []string   // anything else, at most a few
 	others  int
@@ -85,6 +88,12 @@ const (
 	ForwarderPort = 15150
 )
 
+// Ports of DHCP (RFC 2131).
+const (
+	dhcpServer = 67
+	dhcpClient = 68
+)
+
 func (c *Capture) count(frame []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -95,6 +104,8 @@ func (c *Capture) count(frame []byte) {
 		c.agent++
 	case kindLocal:
 		c.local++
+	case kindCloud:
+		c.cloud++
 	default:
 		c.others++
 		if len(c.strange) < maxStrange {
@@ -110,6 +121,7 @@ const (
 	kindTunnel
 	kindAgent
 	kindLocal
+	kindCloud
 )
 
 // classify tells what an Ethernet frame is, and describes it.
@@ -150,15 +162,27 @@ func transport(proto byte, p []byte, src, dst netip.Addr) (kind, string) {
 			return kindTunnel, what
 		case proto == unix.IPPROTO_TCP && (sport == ForwarderPort || dport == ForwarderPort):
 			return kindAgent, what
+		case proto == unix.IPPROTO_TCP && (src == emulation.MetadataAddr && sport == 80 || dst == emulation.MetadataAddr && dport == 80),
+			proto == unix.IPPROTO_UDP && (sport == dhcpServer && dport == dhcpClient || sport == dhcpClient && dport == dhcpServer):
+			return kindCloud, what
 		}
 		return kindOther, what
 	}
 	return kindOther, fmt.Sprintf("protocol %d, %v to %v", proto, src, dst)
 }
 
+// Counted is what passed a device, in packets.
+type Counted struct {
+	Tunnel, Agent int
+	Local         int // address resolution
+	Cloud         int // metadata service and DHCP
+	Others        int
+	Strange       []string // some of the others
+}
+
 // Counts are what passed so far.
-func (c *Capture) Counts() (tunnel, agent, local, others int, strange []string) {
+func (c *Capture) Counts() Counted {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.tunnel, c.agent, c.local, c.others, append([]string(nil), c.strange...)
+	return Counted{c.tunnel, c.agent, c.local, c.cloud, c.others, append([]string(nil), c.strange...)}
 }

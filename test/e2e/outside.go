@@ -12,17 +12,26 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kata-remote/kata-remote/cloud/emulation"
 	"github.com/kata-remote/kata-remote/test/testbed"
 )
 
-// underlay is the bridge between node and pod VMs.
+// underlay is the bridge between node and pod VMs of the provider local.
 const underlay = "ppbr0"
+
+// device is the bridge between node and pod VMs.
+func (s *Scenario) device() string {
+	if s.cloud != nil {
+		return s.cloud.Device
+	}
+	return underlay
+}
 
 // page is what the busybox image serves.
 const page = "hello from a container\n"
 
 func (s *Scenario) networkChecks() []Check {
-	return []Check{
+	checks := []Check{
 		{"the pod's address is the CNI's, inside and outside", func(ctx context.Context) (string, error) {
 			addr, err := netip.ParseAddr(s.pod.IP)
 			if err != nil {
@@ -35,7 +44,7 @@ func (s *Scenario) networkChecks() []Check {
 			return s.pod.IP, err
 		}},
 		{"from here on, every packet between node and pod VM is counted", func(context.Context) (_ string, err error) {
-			s.capture, err = NewCapture(underlay)
+			s.capture, err = NewCapture(s.device())
 			return "", err
 		}},
 		{"HTTP from the node to the pod", func(ctx context.Context) (string, error) { return httpGet(ctx, s.pod.IP) }},
@@ -45,6 +54,10 @@ func (s *Scenario) networkChecks() []Check {
 		{"port-forward to a server on the pod's own loopback", s.checkPortForward},
 		{"all of it went through the tunnel, and nothing left the pod VM another way", s.checkCapture},
 	}
+	if s.Provider != "" {
+		checks = append(checks, Check{"the cloud's metadata service answers the machine, and not the pod", s.checkMetadata})
+	}
+	return checks
 }
 
 func httpGet(ctx context.Context, host string) (string, error) {
@@ -107,10 +120,31 @@ func (s *Scenario) checkCapture(context.Context) (string, error) {
 		return "", fmt.Errorf("nothing was counted")
 	}
 	s.capture.Stop()
-	tunnel, agent, local, others, strange := s.capture.Counts()
-	seen := fmt.Sprintf("%d packets on UDP %d, %d on TCP %d, %d of address resolution, %d others", tunnel, TunnelPort, agent, ForwarderPort, local, others)
-	if tunnel == 0 || others > 0 {
-		return "", fmt.Errorf("%s: %q", seen, strange)
+	n := s.capture.Counts()
+	if s.cloud == nil {
+		n.Others += n.Cloud // there is none to ask
+	}
+	seen := fmt.Sprintf("%d packets on UDP %d, %d on TCP %d, %d of address resolution, %d others", n.Tunnel, TunnelPort, n.Agent, ForwarderPort, n.Local, n.Others)
+	if s.cloud != nil {
+		seen += fmt.Sprintf(", %d between machine and metadata service", n.Cloud)
+	}
+	if n.Tunnel == 0 || n.Others > 0 {
+		return "", fmt.Errorf("%s: %q", seen, n.Strange)
 	}
 	return seen, nil
+}
+
+// checkMetadata asks the metadata service from within the pod. The machine's secrets
+// are in its user data.
+func (s *Scenario) checkMetadata(ctx context.Context) (string, error) {
+	asked := s.cloud.MetadataRequests()
+	if asked == 0 {
+		return "", fmt.Errorf("no machine ever asked for its user data there")
+	}
+	out, err := s.app.Exec(ctx, "sh", "-c", fmt.Sprintf(
+		`printf 'GET / HTTP/1.0\r\nMetadata: true\r\n\r\n' | nc -w 5 %s 80; echo "ended with $?"`, emulation.MetadataAddr))
+	if err == nil && (!strings.Contains(out, "ended with ") || strings.Contains(out, "HTTP/")) {
+		err = fmt.Errorf("the pod got %q", out)
+	}
+	return fmt.Sprintf("the machines asked %d times", asked), err
 }

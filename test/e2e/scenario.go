@@ -6,11 +6,15 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
+	"path/filepath"
+	"slices"
 	"time"
 
+	"github.com/kata-remote/kata-remote/test/cloudbed"
 	"github.com/kata-remote/kata-remote/test/testbed"
 )
 
@@ -35,9 +39,13 @@ type Chapter struct {
 // Scenario is the life of two pods on one node.
 type Scenario struct {
 	Bed *testbed.Bed
+	// Provider is the cloud whose machines the pods get: "aws" or "azure", emulated on
+	// this node (package cloudbed). "": the embedded provider's.
+	Provider string
 	// Keep leaves out the last chapter: the pods stay.
 	Keep bool
 
+	cloud    *cloudbed.Cloud // nil: there is none
 	before   Snapshot
 	pod      *Pod       // the pod that is looked at
 	app      *Container // its main container: a web server
@@ -76,14 +84,14 @@ func (s *Scenario) Container() string {
 }
 
 func (s *Scenario) nodeChecks() []Check {
-	return []Check{
+	checks := []Check{
 		{"containerd of its own is up, with images made on the spot", func(ctx context.Context) (string, error) {
 			if err := s.Bed.StartContainerd(ctx); err != nil {
 				return "", err
 			}
 			return s.Bed.Crictl(ctx, "version")
 		}},
-		{"the adaptor is up, with the embedded provider", func(ctx context.Context) (string, error) {
+		{"the adaptor is up, with the " + cmp.Or(s.Provider, "embedded") + " provider", func(ctx context.Context) (string, error) {
 			return "", s.Bed.StartAdaptor(ctx)
 		}},
 		{"an ordinary runc pod runs beside it", func(ctx context.Context) (string, error) {
@@ -105,6 +113,16 @@ func (s *Scenario) nodeChecks() []Check {
 			return "address " + s.plain.IP, err
 		}},
 	}
+	if s.Provider == "" {
+		return checks
+	}
+	return append([]Check{{"an emulation of the cloud " + s.Provider + " is up, with machines behind it", func(ctx context.Context) (string, error) {
+		var err error
+		if s.cloud, err = StartCloud(ctx, s.Bed, cloudbed.Config{Provider: s.Provider}); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("%s, its network is %s", s.cloud.Endpoint, s.cloud.Device), nil
+	}}}, checks...)
 }
 
 // dial tells whether somebody serves HTTP at an address.
@@ -136,7 +154,7 @@ func (s *Scenario) podChecks() []Check {
 }
 
 func (s *Scenario) removalChecks() []Check {
-	return []Check{
+	checks := []Check{
 		{"the pods are removed", func(ctx context.Context) (string, error) {
 			start := time.Now()
 			for _, p := range []*Pod{s.other, s.pod} {
@@ -165,6 +183,43 @@ func (s *Scenario) removalChecks() []Check {
 			return "", s.Bed.Stop()
 		}},
 	}
+	if s.Provider == "" {
+		return checks
+	}
+	// Before the adaptor ends: it is the one that takes away what is left.
+	return slices.Insert(checks, 1, Check{"the cloud has nothing of them left: no machine, disk, network interface or address", func(ctx context.Context) (string, error) {
+		ctx, cancel := context.WithTimeout(ctx, cloudGone)
+		defer cancel()
+		return "", testbed.Poll(ctx, func(context.Context) error { return s.cloud.Leaks() })
+	}})
+}
+
+// StartCloud starts an emulated cloud whose instances are the bed's pod VMs, and has the
+// bed's next adaptor use it.
+func StartCloud(ctx context.Context, bed *testbed.Bed, cfg cloudbed.Config) (*cloudbed.Cloud, error) {
+	cfg.Image, cfg.Dir = filepath.Dir(bed.Image.Kernel.Path), filepath.Join(bed.Out, "logs", cfg.Provider)
+	var err error
+	if cfg.Accel, err = accel(ctx, bed); err != nil {
+		return nil, err
+	}
+	cloud, err := cloudbed.Start(ctx, cfg)
+	if err == nil {
+		bed.AdaptorEnv = append(bed.AdaptorEnv, cloud.Env...)
+	}
+	return cloud, err
+}
+
+// cloudGone bounds the wait for the last resources of an emulated cloud: its lists lag
+// and its deletions take time, as the real one's.
+const cloudGone = 5 * time.Minute
+
+// Close ends the emulated cloud, if there is one, with all machines that are left. It
+// is for the end of whoever ran the scenario.
+func (s *Scenario) Close() error {
+	if s.cloud == nil {
+		return nil
+	}
+	return s.cloud.Close()
 }
 
 // Run runs every check of the scenario as Run does.
