@@ -11,18 +11,28 @@
 //
 // Everything is read and checked before anything is used, and every problem is
 // reported, each with its key, its value and what to do. A key in the file that
-// nobody knows is a problem; the environment is not ours alone, and there it is not.
-// A Config does not change after Load.
+// nobody knows is a problem; the environment is not ours alone, and there it is one
+// only when it looks like one of ours with a slip in it. Keys of a provider that is not
+// chosen are not looked at. A Config does not change after Load.
 package config
 
 import (
 	"log/slog"
 	"net/netip"
 	"time"
+
+	"github.com/kata-remote/kata-remote/cloud"
 )
 
-// Providers that this build has.
-const ProviderLocal = "local"
+// Providers, as CLOUD_PROVIDER names them.
+const (
+	ProviderLocal = "local"
+	ProviderAWS   = "aws"
+	ProviderAzure = "azure"
+)
+
+// Providers are all of them.
+var Providers = []string{ProviderLocal, ProviderAWS, ProviderAzure}
 
 // Config is all that can be set.
 type Config struct {
@@ -44,10 +54,15 @@ type Config struct {
 
 	Pull Pull
 
-	Local Local
+	Local Local // only with ProviderLocal; likewise the next ones
+	Cloud Cloud
+	AWS   AWS
+	Azure Azure
 
 	// Warnings are settings that have no effect here, each with its reason.
 	Warnings []string
+
+	reload func() (*Config, error)
 }
 
 // Pull is for pods whose images the pod VM pulls.
@@ -104,5 +119,6 @@ func defaults() Config {
 		Provider:     ProviderLocal,
 		ProxyTimeout: DefaultProxyTimeout, ForwarderPort: DefaultForwarderPort,
 		VXLANPort: DefaultVXLANPort, VXLANMinID: DefaultVXLANMinID, Limit: DefaultLimit,
+		Cloud: Cloud{OverheadMiB: cloud.DefaultOverheadMiB},
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -140,6 +141,8 @@ PULL_INSECURE_REGISTRIES=http://r.example
 func TestOtherProvidersKeysAreNoProblem(t *testing.T) {
 	path := write(t, images+`
 AWS_ACCESS_KEY_ID=AKIA
+AWS_FROBNICATE=1
+USE_PUBLIC_IP=perhaps
 AZURE_CLIENT_SECRET=s
 PODVM_INSTANCE_TYPE=m6a.large
 DISABLECVM=true
@@ -190,7 +193,7 @@ func TestMissingFile(t *testing.T) {
 
 func TestKeysAreDistinct(t *testing.T) {
 	seen := map[string]bool{}
-	for _, k := range keys {
+	for _, k := range allKeys {
 		if seen[k.name] {
 			t.Errorf("%s twice", k.name)
 		}
@@ -204,13 +207,38 @@ func TestKeysAreDistinct(t *testing.T) {
 	}
 }
 
-// TestKeysAreDocumented holds docs/adaptor-config.md to the keys there are.
+// TestKeysAreDocumented holds docs/adaptor-config.md to the keys there are: each has a
+// row in a table of keys, and each row is of a key.
 func TestKeysAreDocumented(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/adaptor-config.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range keys {
+	rows := map[string]int{}
+	name := regexp.MustCompile("`([A-Z][A-Z0-9_]+)`")
+	inKeys := false
+	for line := range strings.Lines(string(doc)) {
+		switch {
+		case strings.HasPrefix(line, "| key |"):
+			inKeys = true
+		case !strings.HasPrefix(line, "|"):
+			inKeys = false
+		case inKeys:
+			for _, m := range name.FindAllStringSubmatch(strings.Split(line, "|")[1], -1) {
+				rows[m[1]]++
+			}
+		}
+	}
+	for _, k := range allKeys {
+		if rows[k.name] != 1 {
+			t.Errorf("%s has %d rows in docs/adaptor-config.md, want one", k.name, rows[k.name])
+		}
+		delete(rows, k.name)
+	}
+	for k := range rows {
+		t.Errorf("docs/adaptor-config.md has a row of %s, which is no key", k)
+	}
+	for _, k := range notHere {
 		if !strings.Contains(string(doc), "`"+k.name+"`") {
 			t.Errorf("%s is not in docs/adaptor-config.md", k.name)
 		}

@@ -22,9 +22,11 @@ type key struct {
 	set  func(c *Config, value string) error
 }
 
-// keys are the settings this adaptor honours.
+const keyProvider = "CLOUD_PROVIDER"
+
+// keys are the settings that this adaptor honours with every provider.
 var keys = []key{
-	{"CLOUD_PROVIDER", func(c *Config, v string) error { return oneOf(&c.Provider, v, ProviderLocal) }},
+	{keyProvider, func(c *Config, v string) error { return oneOf(&c.Provider, v, Providers...) }},
 	{"STATE_DIR", func(c *Config, v string) error { return absPath(&c.StateDir, v) }},
 	{"REMOTE_HYPERVISOR_ENDPOINT", func(c *Config, v string) error { return absPath(&c.Socket, v) }},
 	{"PODS_DIR", func(c *Config, v string) error { return absPath(&c.PodsDir, v) }},
@@ -40,7 +42,10 @@ var keys = []key{
 	{"PULL_AUTH_FILE", func(c *Config, v string) error { return absPath(&c.Pull.AuthFile, v) }},
 	{"PULL_CA_FILE", func(c *Config, v string) error { return absPath(&c.Pull.CAFile, v) }},
 	{"PULL_INSECURE_REGISTRIES", func(c *Config, v string) error { return hosts(&c.Pull.Insecure, v) }},
+}
 
+// localKeys are those of the provider local.
+var localKeys = []key{
 	{"LOCAL_KERNEL", func(c *Config, v string) error { return absPath(&c.Local.Kernel, v) }},
 	{"LOCAL_INITRD", func(c *Config, v string) error { return absPath(&c.Local.Initrd, v) }},
 	{"LOCAL_CMDLINE", func(c *Config, v string) error { c.Local.Cmdline = v; return nil }},
@@ -86,13 +91,12 @@ var notHere = []struct {
 	{"RUNTIMECLASS_NAME", anything, "the adaptor does not ask Kubernetes"},
 }
 
-// otherProviders are the keys of providers, by prefix or by name, as they stand in
-// the ConfigMaps and Secrets of clusters that use them. They mean nothing to this
-// adaptor's provider and do no harm.
+// otherPrefixes and otherNames are the keys of other providers, as they stand in the
+// ConfigMaps and Secrets of clusters that use them. They mean nothing to the provider
+// that is chosen and do no harm.
 var (
 	otherPrefixes = []string{"AWS_", "AZURE_", "GCP_", "IBMCLOUD_", "POWERVS_", "LIBVIRT_", "ALIBABACLOUD_", "GOVC_", "DOCKER_", "SSH_", "POOL_", "PODVM_"}
 	otherNames    = []string{
-		"DISABLECVM", "USE_PUBLIC_IP", "ROOT_VOLUME_SIZE", "USE_PODVM_LAUNCHTEMPLATE", "ENABLE_SECURE_BOOT",
 		"VM_POOL_IPS", "MAX_RANGE_IPS", "REGION", "IMAGEID", "VSWITCH_ID", "KEYNAME", "SYSTEM_DISK_SIZE", "SECURITY_GROUP_IDS",
 		"CAA_DISK_DETECT_MAX_ATTEMPTS", "CAA_DISK_DETECT_RETRY_DELAY",
 	}

@@ -28,17 +28,21 @@ func Load(path string, environ []string, flags Flags) (*Config, error) {
 		p      problems
 		values = map[string]setting{}
 	)
+	var file []setting
 	if path != "" {
 		text, err := os.ReadFile(path)
 		if err != nil {
 			p.add("--config: %v", err)
 		}
-		for _, s := range p.parseFile(path, string(text)) {
-			values[s.name] = s
-		}
+		file = p.parseFile(path, string(text))
+	}
+	provider := chosen(file, environ)
+	warnings := p.names(file, environ, provider)
+	for _, s := range file {
+		values[s.name] = s
 	}
 	for _, e := range environ {
-		if name, value, _ := strings.Cut(e, "="); known(name) {
+		if name, value, _ := strings.Cut(e, "="); standingOf(name, provider) == aSetting {
 			values[name] = setting{name, value, "the environment"}
 		}
 	}
@@ -49,13 +53,70 @@ func Load(path string, environ []string, flags Flags) (*Config, error) {
 			values[name] = setting{name, value, "flag " + flagNames[name]}
 		}
 	}
-	c := p.apply(values)
+	c := p.apply(values, provider)
 	p.validate(c, values)
 	if len(p) > 0 {
 		sort.Strings(p)
 		return nil, errdefs.ErrInvalidArgument.WithMessage(strings.Join(p, "\n"))
 	}
+	c.Warnings = append(c.Warnings, warnings...)
+	c.reload = func() (*Config, error) { return Load(path, environ, flags) }
 	return c, nil
+}
+
+// Reload reads the same file, environment and flags again. Only the file can have
+// changed; who uses the result decides what may change while the adaptor runs.
+func (c *Config) Reload() (*Config, error) { return c.reload() }
+
+// chosen is the provider whose settings count. "": CLOUD_PROVIDER names none that
+// there is, which is reported elsewhere.
+func chosen(file []setting, environ []string) string {
+	name := ""
+	for _, s := range file {
+		if s.name == keyProvider {
+			name = s.value
+		}
+	}
+	for _, e := range environ {
+		if v, ok := strings.CutPrefix(e, keyProvider+"="); ok {
+			name = v
+		}
+	}
+	switch {
+	case name == "":
+		return ProviderLocal
+	case slices.Contains(Providers, name):
+		return name
+	}
+	return ""
+}
+
+// names reports what is set under names that are wrong, and returns warnings about
+// those that are right and without effect.
+func (p *problems) names(file []setting, environ []string, provider string) (warnings []string) {
+	set := map[string]bool{}
+	for _, s := range file {
+		set[s.name] = s.value != ""
+	}
+	for _, e := range environ {
+		name, value, _ := strings.Cut(e, "=")
+		set[name] = value != ""
+	}
+	for _, s := range file {
+		switch standingOf(s.name, provider) {
+		case unheard:
+			p.add("%s: %s is not a setting%s", s.source, s.name, suggestion(s.name, provider))
+		case ofLibrary:
+			warnings = append(warnings, s.name+" has no effect in a file: the cloud's library reads it from the environment")
+		}
+	}
+	for _, e := range environ {
+		name, value, _ := strings.Cut(e, "=")
+		if right := slip(name, provider, func(n string) bool { return set[n] }); right != "" && value != "" {
+			p.add("%s (the environment) is not a setting; did you mean %s?", name, right)
+		}
+	}
+	return warnings
 }
 
 var flagNames = map[string]string{
@@ -66,13 +127,6 @@ var flagNames = map[string]string{
 type problems []string
 
 func (p *problems) add(format string, a ...any) { *p = append(*p, fmt.Sprintf(format, a...)) }
-
-// known tells whether a key of the file is one of ours or of cloud-api-adaptor's.
-func known(name string) bool {
-	return slices.ContainsFunc(keys, func(k key) bool { return k.name == name }) ||
-		slices.ContainsFunc(otherPrefixes, func(p string) bool { return strings.HasPrefix(name, p) }) ||
-		slices.Contains(otherNames, name) || reasonNotHere(name) != ""
-}
 
 func reasonNotHere(name string) string {
 	for _, k := range notHere {
@@ -102,9 +156,6 @@ func (p *problems) parseFile(path, text string) []setting {
 		case !ok || !nameRule.MatchString(name):
 			p.add("%s: want KEY=VALUE, got %q", at, line)
 			continue
-		case !known(name):
-			p.add("%s: %s is not a setting%s", at, name, suggestion(name))
-			continue
 		case lines[name] != 0:
 			p.add("%s: %s is set twice, first on line %d; remove one", at, name, lines[name])
 			continue
@@ -118,56 +169,50 @@ func (p *problems) parseFile(path, text string) []setting {
 	return found
 }
 
-// suggestion is the setting that was probably meant.
-func suggestion(name string) string {
-	best, distance := "", 3 // more edits than two are another word
-	for _, k := range keys {
-		if d := edits(strings.ToUpper(name), k.name); d < distance {
-			best, distance = k.name, d
-		}
-	}
-	if best == "" {
-		return "; remove it"
-	}
-	return "; did you mean " + best + "?"
-}
+// What manuals have in the place of a value. Within values it is looked for in those of
+// the clouds, whose ids and names hold no such characters.
+var (
+	placeholderRule = regexp.MustCompile(`^<[^<>]*>$`)
+	withinRule      = regexp.MustCompile(`<[^<>]+>`)
+	shellRule       = regexp.MustCompile(`\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)`)
+)
 
-// edits is the Levenshtein distance of two words.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
+// unfilled is what is still to be put into a value. "": nothing.
+func unfilled(name, value string) string {
+	switch {
+	case placeholderRule.MatchString(value):
+		return fmt.Sprintf("still the placeholder %q", value)
+	case slices.Contains(secretKeys, name), !has(cloudKeys, name) && !has(awsKeys, name) && !has(azureKeys, name):
+		return ""
 	}
-	for i := range len(a) {
-		last := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := last
-			if a[i] != b[j] {
-				cost++
-			}
-			last = row[j+1]
-			row[j+1] = min(cost, row[j]+1, last+1)
-		}
+	if m := withinRule.FindString(value); m != "" {
+		return fmt.Sprintf("%q, which still has the placeholder %q", value, m)
 	}
-	return row[len(b)]
+	if m := shellRule.FindString(value); m != "" {
+		return fmt.Sprintf("%q, in which no shell has replaced %q", value, m)
+	}
+	return ""
 }
-
-var placeholderRule = regexp.MustCompile(`^<[^<>]*>$`)
 
 // apply sets what is set. An empty value is one that is not set, as in ConfigMaps.
-func (p *problems) apply(values map[string]setting) *Config {
+func (p *problems) apply(values map[string]setting, provider string) *Config {
 	c := defaults()
-	for _, k := range keys {
+	c.Provider = provider // keys after CLOUD_PROVIDER's depend on it
+	for _, k := range keysOf(provider) {
 		s, ok := values[k.name]
-		switch {
-		case !ok || s.value == "":
-		case placeholderRule.MatchString(s.value):
-			p.add("%s is still the placeholder %q (%s): put a value in its place, or remove it", s.name, s.value, s.source)
-		default:
-			if err := k.set(&c, s.value); err != nil {
-				p.add("%s is %q (%s): %v", s.name, s.value, s.source, err)
+		if !ok || s.value == "" {
+			continue
+		}
+		if why := unfilled(s.name, s.value); why != "" {
+			p.add("%s is %s (%s): put a value in its place, or remove it", s.name, why, s.source)
+			continue
+		}
+		if err := k.set(&c, s.value); err != nil {
+			shown := fmt.Sprintf("%q", s.value)
+			if slices.Contains(secretKeys, s.name) {
+				shown = "wrong"
 			}
+			p.add("%s is %s (%s): %v", s.name, shown, s.source, err)
 		}
 	}
 	for _, k := range notHere {
@@ -228,7 +273,14 @@ func (p *problems) validate(c *Config, values map[string]setting) {
 				k, source("TAGS", ""), cloud.TagPrefix, cloud.TagName)
 		}
 	}
-	if c.Provider == ProviderLocal {
+	switch c.Provider {
+	case ProviderAWS:
+		p.validateCloud(c, values, DefaultAWSRootVolumeGiB)
+		p.validateAWS(c, values)
+	case ProviderAzure:
+		p.validateCloud(c, values, 0)
+		p.validateAzure(c, values)
+	case ProviderLocal:
 		for _, f := range []struct{ name, path string }{{"LOCAL_KERNEL", c.Local.Kernel}, {"LOCAL_INITRD", c.Local.Initrd}} {
 			if f.path == "" {
 				if s := values[f.name]; s.value == "" {
