@@ -8,7 +8,8 @@
 # make e2e-k8s      Kubernetes' own tests on a real cluster, every pod in its own virtual machine
 # make bench        measure; writes docs/performance.md's figures to the terminal
 # make build        the binaries, into _output/bin
-# make podvm-image  the pod VM's kernel and initramfs, into _output/podvm
+# make podvm-image  the pod VM's kernel, initramfs and disk images, into _output/podvm;
+#                   ARCH=arm64: for another architecture, into _output/podvm-arm64
 # make generate     the Go code of the protocols
 #
 # Everything is built under _output and can be removed with it.
@@ -49,12 +50,35 @@ build: setup
 	CGO_ENABLED=0 $(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./shim/cmd/... ./caa/cmd/...
 	@ln -sf containerd-shim-kata-v2 $(BIN)/containerd-shim-kata-remote-v2
 
+# The image of another architecture than this machine's is cross-built: its C library
+# comes with the cross compiler, and its libseccomp is fetched like the kernel.
+NATIVE := $(shell dpkg --print-architecture)
+ARCH   ?= $(NATIVE)
+PODVM  := $(OUT)/podvm$(if $(filter-out $(NATIVE),$(ARCH)),-$(ARCH))
+TRIPLE := $(patsubst arm64,aarch64,$(patsubst amd64,x86_64,$(ARCH)))-linux-gnu
+# SIGN_KEY=key.pem SIGN_CERT=cert.pem sign the disk images for UEFI Secure Boot.
+# CONSOLE=ttyS0 lets them speak on a serial console.
+PODVM_IMAGE_FLAGS = $(addprefix -authorities ,$(wildcard $(AUTHORITIES))) \
+	$(if $(SIGN_KEY)$(SIGN_CERT),-sign-key '$(SIGN_KEY)' -sign-cert '$(SIGN_CERT)') $(addprefix -console ,$(CONSOLE))
+
+ifeq ($(ARCH),$(NATIVE))
 podvm-image: setup
 	@mkdir -p $(BIN)
 	CGO_ENABLED=1 $(GO) build $(PODVMD_FLAGS) -o $(BIN)/podvmd ./podvm/cmd/podvmd
-	@kernel=$$(podvm/image/fetch-kernel.sh) && \
-	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -podvmd $(BIN)/podvmd -out $(OUT)/podvm \
-		$(addprefix -authorities ,$(wildcard $(AUTHORITIES)))
+	@kernel=$$(podvm/image/fetch.sh) && stub=$$(podvm/image/fetch.sh stub) && \
+	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -stub "$$stub" -podvmd $(BIN)/podvmd -out $(PODVM) $(PODVM_IMAGE_FLAGS) \
+		$$(dpkg-query -W -f '-component $${Package}=$${Version}:$${Architecture} ' libseccomp-dev libc6-dev)
+else
+podvm-image: setup
+	@test/setup.sh gcc-$(subst _,-,$(TRIPLE)) libc6-dev-$(ARCH)-cross
+	@mkdir -p $(PODVM)
+	@lib=$$(podvm/image/fetch.sh seccomp $(ARCH)) && kernel=$$(podvm/image/fetch.sh kernel $(ARCH)) && stub=$$(podvm/image/fetch.sh stub $(ARCH)) && \
+	CGO_ENABLED=1 GOARCH=$(ARCH) CC=$(TRIPLE)-gcc PKG_CONFIG_LIBDIR="$$lib/usr/lib/$(TRIPLE)/pkgconfig" PKG_CONFIG_SYSROOT_DIR="$$lib" \
+	$(GO) build $(PODVMD_FLAGS) -o $(PODVM)/podvmd ./podvm/cmd/podvmd && \
+	$(GO) run ./podvm/cmd/podvm-image -kernel "$$kernel" -stub "$$stub" -podvmd $(PODVM)/podvmd -out $(PODVM) $(PODVM_IMAGE_FLAGS) \
+		$$(sed 's/^\(.*\) \(.*\) \(.*\)$$/-component \1=\2:\3/' "$$lib/.package") \
+		$$(dpkg-query -W -f '-component $${Package}=$${Version}:$${Architecture} ' libc6-dev-$(ARCH)-cross)
+endif
 
 # crictl is another project's program with another set of dependencies: a module of
 # its own. Go's build cache makes the second time quick.

@@ -1,14 +1,16 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# Installs from Debian what building and testing need, and nothing that is there
-# already. No service is started: Debian's packages ask policy-rc.d, and for the
+# Installs from Debian what building and testing need, or the packages that are named,
+# and nothing that is there already. No service is started: Debian's packages ask policy-rc.d, and for the
 # time of the installation it says no. A containerd that runs on this machine is
 # left alone.
 set -eu
 
 packages="qemu-system-x86 containerd runc containernetworking-plugins busybox-static
-gcc libc6-dev libseccomp-dev pkg-config bash-static iproute2 iptables protobuf-compiler libprotobuf-dev"
+gcc libc6-dev libseccomp-dev pkg-config bash-static iproute2 iptables protobuf-compiler libprotobuf-dev
+ovmf qemu-utils dosfstools sbsigntool"
+[ $# -eq 0 ] || packages=$*
 
 missing=
 for p in $packages; do

@@ -71,7 +71,7 @@ func podvmdPath(t *testing.T) string {
 // podImage builds the image from Debian's kernel, which the fetch script caches.
 func podImage(t *testing.T) *image.Manifest {
 	t.Helper()
-	fetch := exec.Command("../image/fetch-kernel.sh")
+	fetch := exec.Command("../image/fetch.sh")
 	var log strings.Builder
 	fetch.Stderr = &log
 	tree, err := fetch.Output()

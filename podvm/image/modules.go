@@ -27,6 +27,7 @@ func (k *Kernel) checkForbidden(modules []Module) error {
 
 // hardware are the modules for the machines of clouds, which are in the disk images only:
 // the initramfs is for QEMU, which has virtio. They are loaded where their device is.
+// AWS's machines before Nitro, on Xen, are not among them.
 var hardware = []Want{
 	// AWS Nitro. (nvme is in the kernel.)
 	{Name: "nvme", When: kmod.Hardware},
