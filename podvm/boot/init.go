@@ -115,7 +115,8 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 	g.Go(func() error {
 		lease := newLeasing(loading, m)
 		defer lease.stop()
-		boot, pod, err := readSeed(ctx, bootconf.Detect(""), loading, lease, m)
+		platform := bootconf.Detect("")
+		boot, pod, err := readSeed(ctx, platform, loading, lease, m)
 		if err != nil {
 			return err
 		}
@@ -129,6 +130,12 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 				lease.keep(ctx, log)
 				return nil
 			})
+			if platform == bootconf.PlatformAzure {
+				g.Go(func() error {
+					reportReady(ctx, log)
+					return nil
+				})
+			}
 		})
 	})
 	return g.Wait()

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 
 	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
@@ -164,4 +165,14 @@ func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod 
 	}
 	defer m.done("tunnel")
 	return guestnet.Ensure(ctx, cfg.PodNetNS, pod)
+}
+
+// reportReady tells Azure that the machine is up. A failure is Azure's to act on: it gives
+// up a machine that it was not told of, and the adaptor sees that.
+func reportReady(ctx context.Context, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, bootconf.Budget)
+	defer cancel()
+	if err := bootconf.ReportReady(ctx); err != nil {
+		log.Warn("Azure is not told that this machine is ready", logkey.Error, err.Error())
+	}
 }

@@ -37,7 +37,7 @@ func (a AzureService) Seed(ctx context.Context) (*Seed, error) {
 	c := newMetadataClient()
 	defer c.CloseIdleConnections()
 	get := func(name string) ([]byte, error) {
-		return c.do(ctx, http.MethodGet, a.URL+"/metadata/instance/compute/"+name+azureAPIVersion, http.Header{"Metadata": {"true"}})
+		return c.do(ctx, http.MethodGet, a.URL+"/metadata/instance/compute/"+name+azureAPIVersion, http.Header{"Metadata": {"true"}}, nil)
 	}
 	text, err := get("userData")
 	if err != nil {

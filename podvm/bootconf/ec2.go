@@ -42,7 +42,7 @@ func (e EC2) Seed(ctx context.Context) (*Seed, error) {
 		return nil, err
 	}
 	get := func(path string) ([]byte, error) {
-		return c.do(ctx, http.MethodGet, e.URL+path, http.Header{ec2TokenHeader: {token}})
+		return c.do(ctx, http.MethodGet, e.URL+path, http.Header{ec2TokenHeader: {token}}, nil)
 	}
 	var s Seed
 	if s.UserData, err = get("/latest/user-data"); err != nil {
@@ -60,7 +60,7 @@ func (e EC2) Seed(ctx context.Context) (*Seed, error) {
 
 // token asks for a session token.
 func (e EC2) token(ctx context.Context, c *metadataClient) (string, error) {
-	b, err := c.do(ctx, http.MethodPut, e.URL+"/latest/api/token", http.Header{ec2TTLHeader: {ec2TokenTTL}})
+	b, err := c.do(ctx, http.MethodPut, e.URL+"/latest/api/token", http.Header{ec2TTLHeader: {ec2TokenTTL}}, nil)
 	switch {
 	case isStatus(err, http.StatusForbidden):
 		return "", fmt.Errorf("%w: the instance's metadata service is switched off: create it with MetadataOptions.HttpEndpoint enabled", err)

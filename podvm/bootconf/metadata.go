@@ -45,13 +45,13 @@ func newMetadataClient() *metadataClient {
 	}}
 }
 
-// do makes a request and returns the body of an answer of status 200. NotFound: the
+// do makes a request, whose content may be nil, and returns the body of an answer of status 200. NotFound: the
 // service has no such thing. Unavailable: it is not there, or not now. InvalidArgument:
 // it refuses, or its answer is too large.
-func (c *metadataClient) do(ctx context.Context, method, url string, header http.Header) ([]byte, error) {
+func (c *metadataClient) do(ctx context.Context, method, url string, header http.Header, content io.Reader) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestLimit)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, url, nil)
+	req, err := http.NewRequestWithContext(ctx, method, url, content)
 	if err != nil {
 		return nil, err
 	}

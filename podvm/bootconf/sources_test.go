@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -382,5 +383,44 @@ func TestDetect(t *testing.T) {
 		if got := Detect(sys); got != c.want {
 			t.Errorf("%s: %v, want %v", name, got, c.want)
 		}
+	}
+}
+
+// TestReportReady: as Azure's documentation has it, from what is unavailable first.
+func TestReportReady(t *testing.T) {
+	const state = `<?xml version="1.0" encoding="utf-8"?>
+<GoalState xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance"><Version>2012-11-30</Version><Incarnation>7</Incarnation>
+<Machine><ExpectedState>Started</ExpectedState></Machine><Container><ContainerId>c-1</ContainerId><RoleInstanceList>
+<RoleInstance><InstanceId>i-1._podvm</InstanceId><State>Started</State></RoleInstance></RoleInstanceList></Container></GoalState>`
+	reports := make(chan string, 8)
+	serve := func(goal http.HandlerFunc) http.Handler {
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /machine/", goal)
+		mux.HandleFunc("POST /machine", func(w http.ResponseWriter, r *http.Request) {
+			b, err := io.ReadAll(r.Body)
+			if err != nil || r.Header.Get("x-ms-version") != "2012-11-30" || !strings.HasPrefix(r.Header.Get("Content-Type"), "text/xml") || r.URL.RawQuery != "comp=health" {
+				w.WriteHeader(http.StatusBadRequest)
+				return
+			}
+			reports <- string(b)
+		})
+		return mux
+	}
+	if err := reportReady(context.Background(), service(t, serve(firstThen(1, status(503), says(state))))); err != nil {
+		t.Fatal(err)
+	}
+	const want = "<Health><GoalStateIncarnation>7</GoalStateIncarnation><Container><ContainerId>c-1</ContainerId><RoleInstanceList><Role><InstanceId>i-1._podvm</InstanceId><Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>"
+	if got := <-reports; got != want {
+		t.Errorf("got %q", got)
+	}
+	for _, goal := range []string{"", "<html/>", "<GoalState/>"} {
+		if err := reportReady(context.Background(), service(t, serve(says(goal)))); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%q: %v", goal, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := reportReady(ctx, service(t, serve(says(state)))); !errdefs.IsUnavailable(err) {
+		t.Errorf("after the end: %v", err)
 	}
 }
