@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/podvm/metadata"
 )
 
 // AzureService reads userData from Azure's instance metadata service.
@@ -32,12 +33,12 @@ func (AzureService) Name() string { return "Azure metadata service" }
 // that address is another cloud's.
 func (a AzureService) Seed(ctx context.Context) (*Seed, error) {
 	if a.URL == "" {
-		a.URL = metadataURL
+		a.URL = metadata.URL
 	}
-	c := newMetadataClient()
-	defer c.CloseIdleConnections()
+	c := metadata.New()
+	defer c.Close()
 	get := func(name string) ([]byte, error) {
-		return c.do(ctx, http.MethodGet, a.URL+"/metadata/instance/compute/"+name+azureAPIVersion, http.Header{"Metadata": {"true"}}, nil)
+		return c.Do(ctx, http.MethodGet, a.URL+"/metadata/instance/compute/"+name+azureAPIVersion, http.Header{"Metadata": {"true"}}, nil)
 	}
 	text, err := get("userData")
 	if err != nil {

@@ -29,18 +29,19 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/podvm/metadata"
 )
 
 // MaxDocument is the most bytes any of a seed's documents may have, unpacked. Clouds
 // allow 16 to 64 KiB; a corrupt length must not take the guest's memory.
-const MaxDocument = 1 << 20
+const MaxDocument = metadata.MaxDocument
 
 const (
 	// ProbeLimit is the longest that a source nobody answers for holds up another one:
 	// a more preferred one is waited for that long, and a connection to a metadata
 	// service is tried that long. One that is there answers within a few milliseconds
 	// (it runs on the machine's own host).
-	ProbeLimit = 200 * time.Millisecond
+	ProbeLimit = metadata.DialLimit
 	// Budget bounds the wait for a source to have something: for the metadata service to
 	// come up, and for the network before it. Clouds have both before they start the
 	// machine, nearly always; cloud-init waits 120 s for EC2. The adaptor gives a pod VM

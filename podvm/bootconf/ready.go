@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/kata-remote/kata-remote/podvm/metadata"
 )
 
 // wireServer is where Azure's hosts listen to their machines.
@@ -44,10 +45,10 @@ type health struct {
 func ReportReady(ctx context.Context) error { return reportReady(ctx, wireServer) }
 
 func reportReady(ctx context.Context, url string) error {
-	c := newMetadataClient()
-	defer c.CloseIdleConnections()
+	c := metadata.New()
+	defer c.Close()
 	for {
-		err := c.reportOnce(ctx, url)
+		err := reportOnce(ctx, c, url)
 		if err == nil || !errdefs.IsUnavailable(err) {
 			return err
 		}
@@ -61,9 +62,9 @@ func reportReady(ctx context.Context, url string) error {
 	}
 }
 
-func (c *metadataClient) reportOnce(ctx context.Context, url string) error {
+func reportOnce(ctx context.Context, c *metadata.Client, url string) error {
 	header := func() http.Header { return http.Header{"X-Ms-Version": {"2012-11-30"}} }
-	doc, err := c.do(ctx, http.MethodGet, url+"/machine/?comp=goalstate", header(), nil)
+	doc, err := c.Do(ctx, http.MethodGet, url+"/machine/?comp=goalstate", header(), nil)
 	if err != nil {
 		return err
 	}
@@ -77,6 +78,6 @@ func (c *metadataClient) reportOnce(ctx context.Context, url string) error {
 	}
 	h := header()
 	h.Set("Content-Type", "text/xml;charset=utf-8")
-	_, err = c.do(ctx, http.MethodPost, url+"/machine?comp=health", h, bytes.NewReader(report))
+	_, err = c.Do(ctx, http.MethodPost, url+"/machine?comp=health", h, bytes.NewReader(report))
 	return err
 }

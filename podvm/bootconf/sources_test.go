@@ -46,7 +46,7 @@ const ec2Token = "AQAEAHn_-token=="
 func ec2(userData, hostname http.HandlerFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get(ec2TTLHeader) == "" {
+		if r.Header.Get("X-aws-ec2-metadata-token-ttl-seconds") == "" {
 			w.WriteHeader(http.StatusBadRequest)
 			return
 		}
@@ -54,7 +54,7 @@ func ec2(userData, hostname http.HandlerFunc) http.Handler {
 	})
 	with := func(h http.HandlerFunc) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get(ec2TokenHeader) != ec2Token {
+			if r.Header.Get("X-aws-ec2-metadata-token") != ec2Token {
 				w.WriteHeader(http.StatusUnauthorized)
 				return
 			}

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package bootconf
+// Package metadata speaks to the metadata service of the cloud that the pod VM runs in:
+// EC2's or Azure's, both on the host behind 169.254.169.254. Only the VM's own network
+// leads there; the pod's does not.
+package metadata
 
 import (
 	"context"
@@ -14,10 +17,16 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// metadataURL is where both clouds' metadata services are.
-const metadataURL = "http://169.254.169.254"
+// URL is where both clouds' metadata services are.
+const URL = "http://169.254.169.254"
 
 const (
+	// DialLimit bounds the wait for a connection: a service that is there takes it within a
+	// few milliseconds, because it runs on the machine's own host.
+	DialLimit = 200 * time.Millisecond
+	// MaxDocument is the most bytes an answer may have. Clouds allow 16 to 64 KiB of user
+	// data, which is the largest there is.
+	MaxDocument = 1 << 20
 	// requestLimit bounds one request to a service that has taken the connection: Azure's
 	// answers within 2 s even while the instance is being made.
 	requestLimit = 5 * time.Second
@@ -25,18 +34,19 @@ const (
 	maxHeader = 16 << 10
 )
 
-// metadataClient speaks to a metadata service and to nothing else: no proxy, no
+// Client speaks to a metadata service and to nothing else: no proxy, no
 // redirection, no compression, one connection. Answers are bounded in size and time.
 //
 // It is net/http's client: podvmd has that already, to pull images, so it costs a start
 // nothing that does not use it, and it reads what a server may send more carefully than
-// a client of a hundred lines would.
-type metadataClient struct{ http.Client }
+// a client of a hundred lines would. It is safe for concurrent use.
+type Client struct{ http http.Client }
 
-func newMetadataClient() *metadataClient {
-	return &metadataClient{http.Client{
+// New returns a client. Close ends its connection.
+func New() *Client {
+	return &Client{http.Client{
 		Transport: &http.Transport{
-			DialContext:            (&net.Dialer{Timeout: ProbeLimit}).DialContext,
+			DialContext:            (&net.Dialer{Timeout: DialLimit}).DialContext,
 			MaxResponseHeaderBytes: maxHeader,
 			MaxConnsPerHost:        1,
 			DisableCompression:     true,
@@ -45,10 +55,13 @@ func newMetadataClient() *metadataClient {
 	}}
 }
 
-// do makes a request, whose content may be nil, and returns the body of an answer of status 200. NotFound: the
+// Close ends the connection that is kept between requests.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Do makes a request, whose content may be nil, and returns the body of an answer of status 200. NotFound: the
 // service has no such thing. Unavailable: it is not there, or not now. InvalidArgument:
 // it refuses, or its answer is too large.
-func (c *metadataClient) do(ctx context.Context, method, url string, header http.Header, content io.Reader) ([]byte, error) {
+func (c *Client) Do(ctx context.Context, method, url string, header http.Header, content io.Reader) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestLimit)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, url, content)
@@ -57,7 +70,7 @@ func (c *metadataClient) do(ctx context.Context, method, url string, header http
 	}
 	req.Header = header
 	req.Header.Set("User-Agent", "podvmd")
-	resp, err := c.Do(req)
+	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
@@ -99,8 +112,8 @@ func (e statusError) Unwrap() error {
 	return errdefs.ErrInvalidArgument
 }
 
-// isStatus tells whether an error is an answer of one of these statuses.
-func isStatus(err error, statuses ...int) bool {
+// IsStatus tells whether an error is an answer of one of these statuses.
+func IsStatus(err error, statuses ...int) bool {
 	var e statusError
 	if !errors.As(err, &e) {
 		return false
