@@ -7,6 +7,7 @@
 #                   writes docs/compatibility.md
 # make e2e-k8s      Kubernetes' own tests on a real cluster, every pod in its own virtual machine
 # make bench        measure; writes docs/performance.md's figures to the terminal
+# make cross-check  the emulations of clouds, asked by the vendors' other clients (needs node and npm)
 # make build        the binaries, into _output/bin
 # make podvm-image  the pod VM's kernel, initramfs and disk images, into _output/podvm;
 #                   ARCH=arm64: for another architecture, into _output/podvm-arm64
@@ -38,7 +39,7 @@ AUTHORITIES ?= /etc/ssl/certs/ca-certificates.crt
 # go test builds the same code; seccomp needs the C library.
 TEST_TAGS := seccomp
 
-.PHONY: all demo demo-stop test critest e2e-k8s e2e-k8s-stop bench build setup podvm-image generate verify clean
+.PHONY: cross-check cross-check-azure all demo demo-stop test critest e2e-k8s e2e-k8s-stop bench build setup podvm-image generate verify clean
 
 all: build podvm-image
 
@@ -166,6 +167,19 @@ bench: build podvm-image $(BIN)/crictl
 	@$(GO) build -o $(BIN)/ ./test/bench ./test/simadaptor
 	@$(BIN)/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
 	@$(GO) test -run '^$$' -bench . ./agent-protocol/relay ./caa/agentproxy
+
+# The emulations were written with the vendors' Go clients; these are others. They are
+# fetched from npm at the versions that package.json names.
+cross-check: cross-check-azure
+
+CROSSCHECK := $(OUT)/cross-check
+$(CROSSCHECK)/azure/node_modules: test/crosscheck/azure/package.json
+	@mkdir -p $(@D) && cp $< $(@D)/
+	@cd $(@D) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
+	@touch $@
+
+cross-check-azure: $(CROSSCHECK)/azure/node_modules
+	@CROSSCHECK_AZURE=$(CROSSCHECK)/azure $(GO) test -tags crosscheck -count=1 -v ./test/crosscheck/azure
 
 generate: setup
 	@mkdir -p $(BIN)

@@ -40,6 +40,7 @@ func (s *Server) discovery(c *call) (*reply, *apiError) {
 	root := c.base() + "/" + tenant
 	return &reply{status: http.StatusOK, body: map[string]any{
 		"token_endpoint": root + "/oauth2/v2.0/token", "authorization_endpoint": root + "/oauth2/v2.0/authorize", "issuer": root + "/v2.0",
+		"jwks_uri": root + "/discovery/v2.0/keys", "response_types_supported": []string{"code", "id_token"}, "subject_types_supported": []string{"pairwise"},
 		"token_endpoint_auth_methods_supported": []string{"client_secret_post", "private_key_jwt", "client_secret_basic"}}}, nil
 }
 

@@ -52,6 +52,7 @@ type operation struct {
 	finish func(now time.Time) *apiError
 	// output is what the status and the final Location answer. nil: nothing.
 	output func() any
+	empty  int  // status of a final Location without output: 204 of a DELETE, else 200
 	due    bool // its time is over
 	waits  int  // what it waits for besides
 }
@@ -59,6 +60,9 @@ type operation struct {
 // begin starts an operation on a resource that ends after d. It needs mu.
 func (s *Server) begin(c *call, r *resource, d time.Duration, finish func(now time.Time) *apiError) *operation {
 	op := &operation{id: newUUID(), provider: r.kind.provider(), scope: key(r.id), start: c.now, status: "InProgress", finish: finish, owner: c.principal.Client}
+	if op.empty = http.StatusOK; c.r.Method == http.MethodDelete {
+		op.empty = http.StatusNoContent
+	}
 	s.operations[op.id] = op
 	r.op = op
 	if f := c.fault; f != nil && f.AtEnd {
@@ -141,7 +145,7 @@ func (s *Server) operationStatus(c *call, id string) (*reply, *apiError) {
 		case op.err != nil:
 			return nil, op.err
 		case op.output == nil:
-			return &reply{status: http.StatusNoContent}, nil
+			return &reply{status: op.empty}, nil
 		}
 		return &reply{status: http.StatusOK, body: op.output()}, nil
 	}
