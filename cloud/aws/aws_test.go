@@ -5,6 +5,7 @@ package aws_test
 import (
 	"context"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -201,4 +202,19 @@ func says(t *testing.T, err error, words ...string) {
 			t.Errorf("the error does not say %q: %v", w, err)
 		}
 	}
+}
+
+// node169 is the network of a node: one address is its metadata service.
+type node169 struct {
+	rest http.RoundTripper
+	imds http.Handler
+}
+
+func (n node169) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Hostname() != "169.254.169.254" {
+		return n.rest.RoundTrip(r)
+	}
+	w := httptest.NewRecorder()
+	n.imds.ServeHTTP(w, r)
+	return w.Result(), nil
 }

@@ -61,8 +61,8 @@ func New(cfg Config) (*Provider, error) {
 	}
 	if cfg.HTTPClient != nil {
 		p.http = cfg.HTTPClient
-	} else {
-		p.http = newHTTPClient()
+	} else if p.http, err = newHTTPClient(); err != nil {
+		return nil, fmt.Errorf("aws provider: %w", err)
 	}
 	p.ids.do, p.ids.wg = p.describeIDs, &p.background
 	p.tokens.do, p.tokens.wg = p.describeTokens, &p.background

@@ -4,6 +4,8 @@ package aws
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -187,7 +189,26 @@ func call[I, O any](ctx context.Context, p *Provider, l *limit, urgent bool, act
 }
 
 // newHTTPClient has the SDK's timeouts for connecting, and room for as many
-// connections as calls go on at once.
-func newHTTPClient() awssdk.HTTPClient {
-	return awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) { t.MaxIdleConnsPerHost = 32 })
+// connections as calls go on at once. AWS_CA_BUNDLE, the SDK's own variable, names
+// the authorities to trust instead of the system's.
+func newHTTPClient() (awssdk.HTTPClient, error) {
+	c := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) { t.MaxIdleConnsPerHost = 32 })
+	file := os.Getenv("AWS_CA_BUNDLE")
+	if file == "" {
+		return c, nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("AWS_CA_BUNDLE: %w; correct or unset it: %w", err, errdefs.ErrInvalidArgument)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("AWS_CA_BUNDLE: %s holds no certificate in PEM; correct or unset it: %w", file, errdefs.ErrInvalidArgument)
+	}
+	return c.WithTransportOptions(func(t *http.Transport) {
+		if t.TLSClientConfig == nil {
+			t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+		}
+		t.TLSClientConfig.RootCAs = pool
+	}), nil
 }

@@ -158,6 +158,11 @@ func (s *Server) metadataTree(i *instance, now time.Time) map[string]string {
 	}
 	for _, e := range i.enis {
 		p := "meta-data/network/interfaces/macs/" + e.mac + "/"
+		var ids []string
+		for _, g := range e.groups {
+			ids = append(ids, g.ID)
+		}
+		t[p+"security-group-ids"] = strings.Join(ids, "\n")
 		for k, v := range map[string]string{"device-number": itoa(e.index), "interface-id": e.id, "local-hostname": s.hostname(e.addr),
 			"local-ipv4s": e.addr.String(), "mac": e.mac, "owner-id": s.cfg.Account, "subnet-id": e.subnet.ID, "vpc-id": e.subnet.VPC,
 			"subnet-ipv4-cidr-block": e.subnet.CIDR.Masked().String()} {
