@@ -52,19 +52,20 @@ type Catalog struct {
 // x86-64 and arm64).
 const pageShare = 64
 
-// DefaultOverheadMiB is what our guest keeps for itself besides the share above, on
-// Debian's cloud kernel 6.1 for x86-64, measured in November 2026 under QEMU:
+// DefaultOverheadMiB is what our guest keeps for itself besides the share above. In MiB,
+// measured in November 2026 on Debian's cloud kernel 6.1 for x86-64, in a machine of
+// 2048 MiB under QEMU that waits for its first container:
 //
-//	45  the kernel's code, data and boot-time tables: "71200K reserved" of 512 MiB in
-//	    its log, less the share (8 MiB) and the initramfs, which is freed
-//	64  its bounce buffer for DMA (swiotlb), on machines of 4 GiB and more and on all
-//	    confidential ones: "271916K reserved" of 8 GiB, less the share
-//	18  the root file system, which stays in memory
-//	60  podvmd and the kernel's slabs, stacks and per-CPU memory
-//	40  what firmware and hypervisor of a cloud keep (an estimate: ACPI, UEFI)
+//	 37  not in MemTotal (1979 MiB), less the share (32): the kernel's code and data
+//	 83  MemTotal less MemFree: the root file system, which stays in memory (20), podvmd
+//	     (21 resident), slabs (16), stacks, page tables, lists of free pages
+//	 69  MemFree less MemAvailable: what the kernel does not give to processes
+//	 64  its bounce buffer for DMA (swiotlb), in machines of 4 GiB and more and in
+//	     confidential ones; from the difference of 2 and 8 GiB in its log
+//	 60  what a cloud's firmware and hypervisor take (an estimate)
 //
-// which is 227, and rounded up.
-const DefaultOverheadMiB = 256
+// which is 313, rounded up.
+const DefaultOverheadMiB = 320
 
 // Usable is the memory, MiB, that type t leaves to a pod.
 func (c Catalog) Usable(t InstanceType) int {
@@ -183,13 +184,14 @@ func (c Catalog) sift(ch *Choice, size Size, usable func(InstanceType) int) []In
 	return fits
 }
 
-// unfit says all that keeps t from carrying size. "": nothing does.
+// unfit says all that keeps t from carrying size, or only that it cannot be had. "":
+// nothing does.
 func (c Catalog) unfit(t InstanceType, size Size, usable int) string {
+	if t.Unusable != "" {
+		return t.Unusable
+	}
 	var why []string
 	bad := func(format string, a ...any) { why = append(why, fmt.Sprintf(format, a...)) }
-	if t.Unusable != "" {
-		bad("%s", t.Unusable)
-	}
 	if c.Arch != "" && t.Arch != "" && t.Arch != c.Arch {
 		bad("its processors are %s and the image is for %s", t.Arch, c.Arch)
 	}
@@ -207,6 +209,8 @@ func (c Catalog) unfit(t InstanceType, size Size, usable int) string {
 		bad("%d MiB memory, of which %d are left beside the guest, less than %d", t.MemoryMiB, usable, size.MemoryMiB)
 	}
 	switch {
+	case t.GPUs == 0 && size.GPUs > 0:
+		bad("no GPU")
 	case t.GPUs < size.GPUs:
 		bad("%s, fewer than %d", count(t.GPUs, "GPU"), size.GPUs)
 	case size.GPUs > 0 && size.GPUModel != "" && !sameModel(t.GPUModel, size.GPUModel):

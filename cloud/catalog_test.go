@@ -173,12 +173,12 @@ func TestChoiceInWords(t *testing.T) {
 		t.Error(d)
 	}
 	const table = `
-TYPE         VCPUS  MEMORY  GPUS  USD/HOUR  CHOICE       REASON
-m6a.xlarge   4      16384   -     0.1728    taken        the cheapest that fits, of those whose price is known
-m6a.2xlarge  8      32768   -     0.3456    alternative  fits, tried as number 2
-x.new        4      16384   -     ?         alternative  fits, tried as number 3
-g4dn.xlarge  4      16384   1 T4  0.5260    no           it has GPUs, for which nobody asked
-t3.small     2      2048    -     0.0208    no           2 vCPUs, fewer than 3; 2048 MiB memory, of which 1888 are left beside the guest, less than 5000
+TYPE         VCPUS  MIB    GPUS  USD/HOUR  CHOICE       REASON
+m6a.xlarge   4      16384  -     0.1728    taken        the cheapest that fits, of those whose price is known
+m6a.2xlarge  8      32768  -     0.3456    alternative  fits, tried as number 2
+x.new        4      16384  -     ?         alternative  fits, tried as number 3
+g4dn.xlarge  4      16384  1 T4  0.5260    no           it has GPUs, for which nobody asked
+t3.small     2      2048   -     0.0208    no           2 vCPUs, fewer than 3; 2048 MiB memory, of which 1888 are left beside the guest, less than 5000
 prices: a guess
 `
 	if d := cmp.Diff(table[1:], got.Table()); d != "" {

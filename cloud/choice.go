@@ -43,7 +43,7 @@ type Verdict struct {
 type Outcome int
 
 const (
-	OutcomeUnfit       Outcome = iota // it does not do; the reason says all that is in its way
+	OutcomeUnfit       Outcome = iota // it does not do; the reason says what is in its way
 	OutcomeAlternative                // it is tried when those before it cannot be had
 	OutcomeTaken                      // it is the choice
 )
@@ -130,7 +130,7 @@ func (c Choice) LogValue() slog.Value { return slog.StringValue(c.String()) }
 func (c Choice) Table() string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "TYPE\tVCPUS\tMEMORY\tGPUS\tUSD/HOUR\tCHOICE\tREASON")
+	fmt.Fprintln(w, "TYPE\tVCPUS\tMIB\tGPUS\tUSD/HOUR\tCHOICE\tREASON")
 	for _, v := range c.Considered {
 		t, gpus, price := v.Type, "-", "?"
 		if t.GPUs > 0 {
@@ -155,11 +155,5 @@ func perHour(t InstanceType) string {
 	return " at $" + dollars(t.PricePerHour) + " per hour"
 }
 
-// dollars has as many digits as price lists do: four, or all there are.
-func dollars(p float64) string {
-	s := strconv.FormatFloat(p, 'f', -1, 64)
-	if _, f, _ := strings.Cut(s, "."); len(f) >= 4 {
-		return s
-	}
-	return strconv.FormatFloat(p, 'f', 4, 64)
-}
+// dollars has as many digits as price lists do.
+func dollars(p float64) string { return strconv.FormatFloat(p, 'f', 4, 64) }

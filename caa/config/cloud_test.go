@@ -34,7 +34,7 @@ func TestAWSDefaults(t *testing.T) {
 	if d := cmp.Diff(want, c.AWS); d != "" {
 		t.Error(d)
 	}
-	if c.Provider != "aws" || c.Cloud.DisableCVM || c.Cloud.PublicIP || c.Cloud.RootVolumeGiB != 30 || c.Cloud.OverheadMiB != 256 || c.Cloud.Prices == nil {
+	if c.Provider != "aws" || c.Cloud.DisableCVM || c.Cloud.PublicIP || c.Cloud.RootVolumeGiB != 30 || c.Cloud.OverheadMiB != 320 || c.Cloud.Prices == nil {
 		t.Errorf("%+v", c.Cloud)
 	}
 }

@@ -63,7 +63,7 @@ type settler interface {
 // New makes an adaptor of a configuration. Nothing is opened or changed yet.
 // InvalidArgument: the provider cannot be made of the configuration.
 func New(cfg *config.Config, log *slog.Logger) (*Daemon, error) {
-	provider, err := newProvider(cfg)
+	provider, err := NewProvider(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +215,9 @@ var providers = map[string]func(*config.Config) (cloud.Provider, error){
 	config.ProviderLocal: newLocal,
 }
 
-func newProvider(cfg *config.Config) (cloud.Provider, error) {
+// NewProvider makes the provider of a configuration. InvalidArgument: the configuration
+// is wrong, or this build has no such provider.
+func NewProvider(cfg *config.Config) (cloud.Provider, error) {
 	newOne := providers[cfg.Provider]
 	if newOne == nil {
 		return nil, errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf("CLOUD_PROVIDER is %q and this build has no such provider", cfg.Provider))

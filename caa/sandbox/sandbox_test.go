@@ -79,6 +79,10 @@ func TestLife(t *testing.T) {
 	if !strings.Contains(w.logged(), "tunl0") {
 		t.Error("the log does not say what was left out")
 	}
+	const why = `"type":"sim.small","choice":"asked for nothing in particular: sim.small (2 vCPUs, 2048 MiB memory), the default`
+	if strings.Count(w.logged(), why) != 1 {
+		t.Error("the log does not say, once, why it is this instance type")
+	}
 	if err := a.Stop(t.Context(), "s1"); err != nil {
 		t.Fatal(err)
 	}

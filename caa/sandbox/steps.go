@@ -109,6 +109,7 @@ func (m *Manager) reserve(ctx context.Context, req Request, p parsed) (*Sandbox,
 		Tunnels: tunnels, Rules: pod.Rules,
 		TLS: store.TLS{ServerName: name},
 	})
+	m.explain(ctx, sb, p.size)
 	for _, why := range pod.LeftOut {
 		sb.log.Warn("left out of the pod VM's network", "reason", why)
 	}
@@ -117,6 +118,21 @@ func (m *Manager) reserve(ctx context.Context, req Request, p parsed) (*Sandbox,
 		return nil, err
 	}
 	return sb, nil
+}
+
+// explain logs why the sandbox gets the instance type of its plan, where the provider
+// chooses among types.
+func (m *Manager) explain(ctx context.Context, sb *Sandbox, size cloud.Size) {
+	e, ok := m.cfg.Provider.(cloud.Explainer)
+	if !ok {
+		return
+	}
+	choice, err := e.Explain(ctx, size)
+	if err != nil { // not the choice's fault: Plan has just made it
+		sb.log.Warn("no explanation of the instance type", logkey.Error, err)
+		return
+	}
+	sb.log.Info("instance type chosen", "type", choice.Type.Name, "choice", choice)
 }
 
 // doReserve chooses what must be unique, writes the record, and makes the sandbox

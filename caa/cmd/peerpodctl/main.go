@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command peerpodctl shows what the adaptor on this node has: its sandboxes, how far
-// they are and how long each step of their start took. Answers are on stdout.
+// they are and how long each step of their start took; and which instance type a pod
+// would get. Answers are on stdout.
 //
-// Exit codes: 0 answered; 1 the adaptor could not be asked, or refused; 2 the command
-// line is wrong; 4 there is no such sandbox.
+// Exit codes: 0 answered; 1 the adaptor or the cloud could not be asked, or refused, or
+// no instance type fits; 2 the command line is wrong; 4 there is no such sandbox.
 package main
 
 import (
@@ -79,7 +80,7 @@ func command(asked *bool) *cobra.Command {
 		Use: "sandbox", Short: "sandboxes, their VMs and their starts", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return fmt.Errorf("give a verb: list or show") },
 	}
-	root.AddCommand(sandbox)
+	root.AddCommand(sandbox, instanceCommand(asked))
 	add := func(c *cobra.Command, id func([]string) string, table func([]*adminpb.Sandbox) string) {
 		c.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 		c.RunE = func(cmd *cobra.Command, args []string) error {
