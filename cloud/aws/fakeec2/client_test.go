@@ -58,12 +58,18 @@ func (t tree) at(path string) string {
 	return ""
 }
 
-// try calls an action with alternating names and values of parameters. The error is
-// an *Error when the service answered one.
+// none takes a parameter away that was given before.
+const none = "\x00"
+
+// try calls an action with alternating names and values of parameters, of which the
+// last wins. The error is an *Error when the service answered one.
 func (c *client) try(action string, pairs ...string) (tree, error) {
 	form := url.Values{"Action": {action}, "Version": {ec2Version}}
 	for i := 0; i < len(pairs); i += 2 {
 		form.Set(pairs[i], pairs[i+1])
+		if pairs[i+1] == none {
+			form.Del(pairs[i])
+		}
 	}
 	if strings.HasPrefix(action, "Assume") || action == "GetCallerIdentity" {
 		form.Set("Version", stsVersion)

@@ -34,7 +34,7 @@ type fault struct {
 }
 
 // Inject adds a fault and returns how many calls it has hit so far. Of several that
-// match, the first one that is due acts.
+// match a call, the first one that is due acts, and the later ones do not count it.
 func (s *Server) Inject(f Fault) (hits func() int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

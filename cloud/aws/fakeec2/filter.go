@@ -10,9 +10,9 @@ import (
 	"strings"
 )
 
-// matches tells whether a thing passes the request's filters. attr gives the values
-// of a filter by its name, and false if there is no such filter.
-func (c *call) matches(tags map[string]string, attr func(name string) ([]string, bool)) (bool, error) {
+// matches tells whether a thing passes the request's filters, which have been
+// checked. attr gives the values of a filter by its name.
+func (c *call) matches(tags map[string]string, attr func(name string) []string) bool {
 	for _, f := range c.all("Filter") {
 		name := f.str("Name")
 		var have []string
@@ -25,21 +25,15 @@ func (c *call) matches(tags map[string]string, attr func(name string) ([]string,
 				have = append(have, k)
 			}
 		} else {
-			var ok bool
-			if have, ok = attr(name); !ok {
-				return false, errorf(400, "InvalidParameterValue", "The filter '%s' is invalid", name)
-			}
-		}
-		if len(f.strs("Value")) == 0 {
-			return false, errorf(400, "InvalidParameterValue", "The filter '%s' has no values", name)
+			have = attr(name)
 		}
 		if !slices.ContainsFunc(f.strs("Value"), func(pattern string) bool {
 			return slices.ContainsFunc(have, func(v string) bool { return wildcard(pattern, v) })
 		}) {
-			return false, nil
+			return false
 		}
 	}
-	return true, nil
+	return true
 }
 
 // attrs are the filters of a kind of thing: the values they compare with.
@@ -50,23 +44,15 @@ func one[T any](f func(T) string) func(T) []string {
 	return func(v T) []string { return []string{f(v)} }
 }
 
-// of gives the values of v to matches.
-func (a attrs[T]) of(v T) func(string) ([]string, bool) {
-	return func(name string) ([]string, bool) {
-		f, ok := a[name]
-		if !ok {
-			return nil, false
-		}
-		return f(v), true
-	}
-}
-
 // check refuses unknown filters even when there is nothing to filter.
 func (a attrs[T]) check(c *call) error {
 	for _, f := range c.all("Filter") {
 		name := f.str("Name")
 		if a[name] == nil && name != "tag-key" && !strings.HasPrefix(name, "tag:") {
 			return errorf(400, "InvalidParameterValue", "The filter '%s' is invalid", name)
+		}
+		if len(f.strs("Value")) == 0 {
+			return errorf(400, "InvalidParameterValue", "The filter '%s' has no values", name)
 		}
 	}
 	return nil
@@ -79,11 +65,7 @@ func filtered[T any](c *call, items []T, tags func(T) map[string]string, a attrs
 	}
 	var out []T
 	for _, v := range items {
-		ok, err := c.matches(tags(v), a.of(v))
-		if err != nil {
-			return nil, err
-		}
-		if ok {
+		if c.matches(tags(v), func(name string) []string { return a[name](v) }) {
 			out = append(out, v)
 		}
 	}

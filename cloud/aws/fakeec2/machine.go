@@ -46,7 +46,7 @@ func (s *Server) runMachine(i *instance, m *machine, spec emulation.Machine, exi
 	case <-timer.C:
 	case end = <-m.stopCh:
 	case <-s.run.Done():
-		return
+		end = terminated
 	}
 	started := false
 	if end == "" {
@@ -77,6 +77,9 @@ func (s *Server) runMachine(i *instance, m *machine, spec emulation.Machine, exi
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if i.machine == m {
+		i.machine = nil // a stopped instance may be terminated, or get another
+	}
 	s.enter(i, s.cfg.Now(), end)
 	s.settle(s.cfg.Now())
 }
@@ -155,8 +158,10 @@ func (s *Server) consoleOutput(c *call) (obj, error) {
 	}
 	text := ""
 	if s.cfg.Host != nil {
+		s.mu.Unlock() // the Host is somebody else
 		out, err := s.cfg.Host.Console(id)
-		if err == nil {
+		s.mu.Lock()
+		if err == nil { // no machine: nothing was printed
 			text = base64.StdEncoding.EncodeToString(out)
 		}
 	}

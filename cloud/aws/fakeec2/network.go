@@ -186,9 +186,14 @@ func (s *Server) ingress(c *call) (*group, []rule, error) {
 		return nil, nil, unknownID("sg-", id)
 	}
 	perms := c.all("IpPermissions")
-	if c.has("IpProtocol") {
-		perms = append(perms, &params{text: map[string]string{"IpProtocol": c.str("IpProtocol"), "FromPort": c.str("FromPort"), "ToPort": c.str("ToPort")},
-			subs: map[string][]*params{"IpRanges": {{text: map[string]string{"CidrIp": c.str("CidrIp")}}}}})
+	if c.has("IpProtocol") { // the short form, of one permission
+		p := &params{text: map[string]string{}, subs: map[string][]*params{"IpRanges": {{text: map[string]string{"CidrIp": c.str("CidrIp")}}}}}
+		for _, n := range []string{"IpProtocol", "FromPort", "ToPort"} {
+			if c.has(n) {
+				p.text[n] = c.str(n)
+			}
+		}
+		perms = append(perms, p)
 	}
 	var rules []rule
 	for _, p := range perms {
