@@ -35,6 +35,7 @@ type snapshot struct {
 	blocks      map[int][32]byte // digests of what was written
 	data        map[int][]byte   // nil with a file
 	file        string           // "": in memory
+	given       bool             // it came with the Config
 }
 
 func (s *Server) newSnapshot(now time.Time, gib int, tags map[string]string) *snapshot {

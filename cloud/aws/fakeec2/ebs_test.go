@@ -49,6 +49,7 @@ func TestUpload(t *testing.T) {
 	}
 }
 
+// Long: one image's life, of which each step needs the one before.
 func upload(t *testing.T, dir string) {
 	now := newClock()
 	s := New(Config{Now: now.now, ImageDir: dir})

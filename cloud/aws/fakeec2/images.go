@@ -21,7 +21,7 @@ func (s *Server) addImage(i Image) {
 	}
 	now := s.cfg.Now()
 	snap := s.newSnapshot(now, i.RootGiB, nil)
-	snap.status, snap.description, snap.visible = "completed", "root of "+i.ID, time.Time{}
+	snap.status, snap.description, snap.visible, snap.given = "completed", "root of "+i.ID, time.Time{}, true
 	img := &image{resource: s.newResource("ami-", now, i.Tags), Image: i, file: i.File, ena: true, imds: "",
 		mappings: []mapping{{device: i.RootDevice, snapshot: snap.id, kind: "gp3", gib: i.RootGiB, deleteOnTermination: true}}}
 	img.id, img.visible = i.ID, time.Time{}

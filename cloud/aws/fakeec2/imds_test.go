@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// TestMetadata asks one instance's service for everything it has.
+//
+// Long: tables of what it must answer.
 func TestMetadata(t *testing.T) {
 	now := newClock()
 	s := New(Config{Now: now.now})

@@ -21,7 +21,7 @@ func (r Resource) String() string { return fmt.Sprintf("%s %s (%s)", r.Kind, r.I
 // Leaks returns everything that exists now and carries all of the tags, whatever the
 // lag hides from Describe calls: instances that are not terminated, volumes, network
 // interfaces, public addresses, snapshots, images, spot requests that are open, and
-// launch templates. Things of no tags at all are leaks too when they were made with an
+// launch templates. What came with the Config is none. Things of no tags at all are leaks too when they were made with an
 // instance: untagged remains are the ones that nobody finds. The order is that of
 // creation within each kind.
 func (s *Server) Leaks(tags map[string]string) []Resource {
@@ -55,7 +55,9 @@ func (s *Server) Leaks(tags map[string]string) []Resource {
 		}
 	}
 	for _, n := range sorted(s.snapshots, func(n *snapshot) int { return n.seq }) {
-		add("snapshot", &n.resource, n.state(now), false)
+		if !n.given {
+			add("snapshot", &n.resource, n.state(now), false)
+		}
 	}
 	for _, i := range sorted(s.images, func(i *image) int { return i.seq }) {
 		if !slices.ContainsFunc(s.cfg.Images, func(c Image) bool { return c.ID == i.id }) {

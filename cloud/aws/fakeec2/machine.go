@@ -68,9 +68,15 @@ func (s *Server) runMachine(i *instance, m *machine, spec emulation.Machine, exi
 		case <-s.run.Done():
 		}
 	}
+	least := time.NewTimer(s.cfg.StopTime)
+	defer least.Stop()
 	if started {
 		// Not s.run: what was started must be stopped, whatever ends it.
 		_ = s.cfg.Host.Stop(context.WithoutCancel(s.run), spec.ID)
+	}
+	select {
+	case <-least.C:
+	case <-s.run.Done():
 	}
 	if end == "" {
 		end = terminated

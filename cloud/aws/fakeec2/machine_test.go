@@ -57,6 +57,8 @@ func (h *host) get(id string) (emulation.Machine, bool) {
 }
 
 // TestMachines has machines behind instances, through all that can happen to them.
+//
+// Long: one host lives through all of it, and must have nothing left at the end.
 func TestMachines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &host{runs: map[string]emulation.Machine{}}
