@@ -172,9 +172,10 @@ func (s *Scenario) checkTerminal(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// The size is sent after the command has started: it waits for it.
+	// The size is sent after the command has started: it waits for it. Until then the
+	// terminal has none, which busybox's stty complains of.
 	name, args := s.Bed.CrictlCommand("exec", "-i", "-t", s.app.ID, "sh", "-c",
-		`tty; i=0; while [ "$(stty size)" != "33 77" ] && [ $i -lt 600 ]; do i=$((i+1)); sleep 0.1; done; stty size; exit 5`)
+		`tty; i=0; while [ "$(stty size 2>/dev/null)" != "33 77" ] && [ $i -lt 600 ]; do i=$((i+1)); sleep 0.1; done; stty size; exit 5`)
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
