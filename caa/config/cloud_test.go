@@ -211,6 +211,8 @@ func TestAzureProblems(t *testing.T) {
 		{name: "secure boot of nothing", file: azFile + "DISABLECVM=true\nENABLE_SECURE_BOOT=true\n", want: []string{"set AZURE_SECURITY_TYPE to TrustedLaunch"}},
 		{name: "two subscriptions", file: strings.Replace(azFile, "AZURE_SUBSCRIPTION_ID=0", "AZURE_SUBSCRIPTION_ID=1", 1), want: []string{"AZURE_SUBNET_ID ("}},
 		{name: "default not allowed", file: azFile + "AZURE_INSTANCE_SIZE=Standard_D2as_v5\nAZURE_INSTANCE_SIZES=Standard_D4as_v5\n", want: []string{`which is not in AZURE_INSTANCE_SIZES (`}},
+		{name: "burstable on the spot market", file: azFile + "AZURE_INSTANCE_SIZE=Standard_B2als_v2\nAZURE_SPOT=only\n", want: []string{`AZURE_SPOT is "only" (`}},
+		{name: "burstable among others", file: azFile + "AZURE_INSTANCE_SIZES=Standard_B2als_v2,Standard_D2as_v5\nAZURE_SPOT=only\n"},
 		{name: "default in other letters", file: azFile + "AZURE_INSTANCE_SIZE=standard_d2as_v5\nAZURE_INSTANCE_SIZES=Standard_D2as_v5\n"},
 		{name: "slips", file: azFile + "AZURE_LOCATION=eastus\nAZURE_INSTANCE_TYPE=x\n", env: []string{"AZURE_CLIENT_SECRETS=hush", "AZURE_POD_IDENTITY_AUTHORITY_HOST=x", "AZURE_CONFIG_DIR=/x"},
 			want: []string{"did you mean AZURE_REGION?", "did you mean AZURE_INSTANCE_SIZE?", "did you mean AZURE_CLIENT_SECRET?"}},

@@ -119,12 +119,14 @@ var (
 	resourceGroupRule = regexp.MustCompile(`^[-\p{L}\p{N}_().]{0,89}[-\p{L}\p{N}_()]$`)
 	azureRegionRule   = regexp.MustCompile(`^[a-z0-9]+$`)
 	azureSizeRule     = regexp.MustCompile(`(?i)^(Standard|Basic)_[A-Z0-9]+(-[0-9]+)?[A-Z0-9]*(_[A-Z0-9]+)*$`)
-	azureZoneRule     = regexp.MustCompile(`^[1-9]$`)
-	azureSubnetRule   = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Network/virtualNetworks/[^/]+/subnets/[^/]+$`)
-	azureNSGRule      = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Network/networkSecurityGroups/[^/]+$`)
-	azureImageRule    = regexp.MustCompile(`(?i)^(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Compute/(galleries/[^/]+/images/[^/]+(/versions/[^/]+)?|images/[^/]+)|/(Shared|Community)Galleries/[^/]+/images/[^/]+(/versions/[^/]+)?)$`)
-	azureUserRule     = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
-	azureUsersRefused = []string{"administrator", "admin", "user", "user1", "test", "user2", "test1", "user3", "admin1", "a",
+	// B2als_v2, B2ts_v2, and so on.
+	azureBurstableRule = regexp.MustCompile(`(?i)^(Standard|Basic)_B[0-9]`)
+	azureZoneRule      = regexp.MustCompile(`^[1-9]$`)
+	azureSubnetRule    = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Network/virtualNetworks/[^/]+/subnets/[^/]+$`)
+	azureNSGRule       = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Network/networkSecurityGroups/[^/]+$`)
+	azureImageRule     = regexp.MustCompile(`(?i)^(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Compute/(galleries/[^/]+/images/[^/]+(/versions/[^/]+)?|images/[^/]+)|/(Shared|Community)Galleries/[^/]+/images/[^/]+(/versions/[^/]+)?)$`)
+	azureUserRule      = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
+	azureUsersRefused  = []string{"administrator", "admin", "user", "user1", "test", "user2", "test1", "user3", "admin1", "a",
 		"actuser", "adm", "admin2", "aspnet", "backup", "console", "david", "guest", "john", "owner", "root", "server", "sql",
 		"support", "support_388945a0", "sys", "test2", "test3", "user4", "user5"}
 )

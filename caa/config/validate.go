@@ -148,6 +148,7 @@ func (p *problems) validateAzure(c *Config, values map[string]setting) {
 	p.defaultType(l, &a.InstanceSize, &a.InstanceSizes, "AZURE_INSTANCE_SIZE", "AZURE_INSTANCE_SIZES", DefaultAzureInstanceSize)
 	p.security(c, l)
 	p.subscription(c, l)
+	p.burstable(c, l)
 	if a.Spot == "" {
 		a.Spot = "false"
 	}
@@ -178,6 +179,25 @@ func (p *problems) security(c *Config, l lookup) {
 	c.Cloud.DisableCVM = a.SecurityType != azureConfidential
 	if a.SecureBoot && a.SecurityType == azureStandard {
 		p.add("ENABLE_SECURE_BOOT is %q (%s), and VMs of security type Standard have none: set AZURE_SECURITY_TYPE to TrustedLaunch, or remove it", l["ENABLE_SECURE_BOOT"].value, l["ENABLE_SECURE_BOOT"].source)
+	}
+}
+
+// burstable checks that there is something to buy on the spot market, which has no sizes
+// of the B series (Azure, "Use Azure Spot Virtual Machines", limitations).
+func (p *problems) burstable(c *Config, l lookup) {
+	a := &c.Azure
+	var b []string
+	for _, s := range a.InstanceSizes {
+		if azureBurstableRule.MatchString(s) {
+			b = append(b, s)
+		}
+	}
+	switch {
+	case a.Spot == "" || a.Spot == "false" || len(b) == 0:
+	case a.Spot == "only" && len(b) == len(a.InstanceSizes):
+		p.add("AZURE_SPOT is %q (%s), and sizes of the B series, which are all that AZURE_INSTANCE_SIZES allows (%s), are not sold so: allow others, or set AZURE_SPOT to false", a.Spot, l["AZURE_SPOT"].source, strings.Join(b, ", "))
+	default:
+		c.Warnings = append(c.Warnings, "AZURE_SPOT has no effect on "+strings.Join(b, ", ")+": sizes of the B series are not sold on the spot market")
 	}
 }
 
