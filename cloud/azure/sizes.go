@@ -253,7 +253,7 @@ func (p *Provider) fetchCatalog(ctx context.Context) (*catalog, error) {
 		}
 		c.choose.Types = append(c.choose.Types, z.InstanceType)
 	}
-	p.cfg.Prices.Apply("azure", p.cfg.Region, c.choose.Types)
+	c.choose.Remark = p.cfg.Prices.Apply("azure", p.cfg.Region, c.choose.Types)
 	c.problem = errors.Join(errs...)
 	return c, nil
 }
