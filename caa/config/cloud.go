@@ -86,6 +86,7 @@ const (
 	DefaultAWSLaunchTemplate = "kata"
 	DefaultAWSRootVolumeGiB  = 30
 	DefaultAzureInstanceSize = "Standard_DC2as_v5"
+	DefaultAzureOrdinarySize = "Standard_D2as_v5" // where VMs are not confidential
 	DefaultAzureSSHUsername  = "peerpod"
 	DefaultAzureSSHKeyFile   = "/root/.ssh/id_rsa.pub"
 )

@@ -109,6 +109,16 @@ func TestAzureDefaults(t *testing.T) {
 	}
 }
 
+// TestAzureOrdinaryDefault: Azure refuses an ordinary VM of the confidential default.
+func TestAzureOrdinaryDefault(t *testing.T) {
+	for _, line := range []string{"DISABLECVM=true\n", "AZURE_SECURITY_TYPE=TrustedLaunch\n"} {
+		c, err := Load(write(t, azFile+line), nil, Flags{})
+		if err != nil || c.Azure.InstanceSize != "Standard_D2as_v5" {
+			t.Errorf("%s: %v, %v", line, c, err)
+		}
+	}
+}
+
 // TestAzureAsInTheManual: the ConfigMap and the Secret that users of the OpenShift
 // operator have (reference: its documentation of peer pods on Azure).
 func TestAzureAsInTheManual(t *testing.T) {

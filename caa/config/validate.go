@@ -145,8 +145,12 @@ func (p *problems) validateAzure(c *Config, values map[string]setting) {
 	if guidRule.MatchString(string(a.ClientSecret)) {
 		c.Warnings = append(c.Warnings, "AZURE_CLIENT_SECRET looks like the id of a secret; the adaptor needs its value, which Azure shows once")
 	}
-	p.defaultType(l, &a.InstanceSize, &a.InstanceSizes, "AZURE_INSTANCE_SIZE", "AZURE_INSTANCE_SIZES", DefaultAzureInstanceSize)
 	p.security(c, l)
+	standard := DefaultAzureInstanceSize
+	if c.Cloud.DisableCVM {
+		standard = DefaultAzureOrdinarySize // Azure makes no ordinary VM of a confidential size
+	}
+	p.defaultType(l, &a.InstanceSize, &a.InstanceSizes, "AZURE_INSTANCE_SIZE", "AZURE_INSTANCE_SIZES", standard)
 	p.subscription(c, l)
 	p.burstable(c, l)
 	if a.Spot == "" {
