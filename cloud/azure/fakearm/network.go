@@ -270,7 +270,15 @@ func (s *Server) deleteNIC(c *call, nic *resource) (*reply, *apiError) {
 	if c.now.Before(nic.nic.reserved) {
 		return nil, nicReserved(nic)
 	}
-	return s.removing(c, nic, func(now time.Time) { s.erase(now, nic) })
+	return s.removing(c, nic, func(now time.Time) {
+		// An address that it had stays, and is free: deleteOption is about machines.
+		for _, ip := range list(nic.doc, "properties.ipConfigurations") {
+			if pip := s.resources[key(text(ip, "properties.publicIPAddress.id"))]; pip != nil {
+				drop(pip.doc, "properties.ipConfiguration")
+			}
+		}
+		s.erase(now, nic)
+	})
 }
 
 // removing answers a DELETE with an operation.

@@ -140,8 +140,8 @@ func (s *Server) failVM(now time.Time, vm *resource, err *apiError) {
 func (s *Server) orphan(now time.Time, m *machine) {
 	for _, k := range m.nics {
 		if nic := s.resources[k]; nic != nil {
-			drop(nic.doc, "properties.virtualMachine")
 			nic.nic.reserved, nic.nic.by = now.Add(s.cfg.Timing.Reserve), text(nic.doc, "properties.virtualMachine.id")
+			drop(nic.doc, "properties.virtualMachine")
 		}
 	}
 	for _, k := range m.disks {
