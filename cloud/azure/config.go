@@ -234,7 +234,7 @@ func (c Config) complete() (Config, error) {
 	if !userRule.MatchString(c.SSHUser) || slices.Contains(reservedUsers, c.SSHUser) {
 		bad("SSH_USERNAME", "%q is not a name that Azure gives to a user", c.SSHUser)
 	}
-	if !slices.Contains(c.InstanceSizes, c.InstanceSize) {
+	if !slices.ContainsFunc(c.InstanceSizes, func(s string) bool { return strings.EqualFold(s, c.InstanceSize) }) {
 		c.InstanceSizes = append([]string{c.InstanceSize}, c.InstanceSizes...)
 	}
 	errs = append(errs, c.Credentials.check(), checkURL("AZURE_ENDPOINT", c.Endpoint), checkURL("AZURE_AUTHORITY_HOST", c.AuthorityHost))

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v8"
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
@@ -129,7 +128,7 @@ func (m *making) resume(ctx context.Context) (*cloud.Instance, error) {
 
 // adopt takes over a VM that exists. Nil and nil: there was no capacity for it, it is
 // removed, and others may be tried.
-func (m *making) adopt(ctx context.Context, vm *armcompute.VirtualMachine, operation string) (*cloud.Instance, error) {
+func (m *making) adopt(ctx context.Context, vm *vmView, operation string) (*cloud.Instance, error) {
 	if was := tag(vm.Tags, tagRequest); was != fingerprint(m.req) || tag(vm.Tags, cloud.TagToken) != m.req.Token {
 		return nil, fmt.Errorf("token %s made %s from a different request: %w", m.req.Token, m.name, errdefs.ErrAlreadyExists)
 	}
@@ -137,16 +136,10 @@ func (m *making) adopt(ctx context.Context, vm *armcompute.VirtualMachine, opera
 }
 
 // candidateOf reads from a VM how it was asked for.
-func candidateOf(vm *armcompute.VirtualMachine) candidate {
-	var c candidate
-	if pr := vm.Properties; pr != nil {
-		if pr.HardwareProfile != nil && pr.HardwareProfile.VMSize != nil {
-			c.Size = string(*pr.HardwareProfile.VMSize)
-		}
-		c.Spot = pr.Priority != nil && *pr.Priority == armcompute.VirtualMachinePriorityTypesSpot
-	}
-	if len(vm.Zones) > 0 && vm.Zones[0] != nil {
-		c.Zone = *vm.Zones[0]
+func candidateOf(vm *vmView) candidate {
+	c := candidate{Size: vm.Properties.HardwareProfile.VMSize, Spot: vm.Properties.Priority == "Spot"}
+	if len(vm.Zones) > 0 {
+		c.Zone = vm.Zones[0]
 	}
 	return c
 }
@@ -246,7 +239,7 @@ func (m *making) try(ctx context.Context, c candidate) (*cloud.Instance, error) 
 		}
 		return nil, m.failed(ctx, c, err)
 	}
-	var vm *armcompute.VirtualMachine
+	var vm *vmView
 	if json.Unmarshal(rep.body, &vm) != nil {
 		vm = nil // accepted all the same
 	}
@@ -282,7 +275,7 @@ func (m *making) note(ctx context.Context, pr progress) error {
 }
 
 // finish waits for a VM that was accepted. Nil and nil: there was no capacity.
-func (m *making) finish(ctx context.Context, c candidate, vm *armcompute.VirtualMachine, operation string) (*cloud.Instance, error) {
+func (m *making) finish(ctx context.Context, c candidate, vm *vmView, operation string) (*cloud.Instance, error) {
 	f := follower{p: m.p, things: m.things, seen: vm, operation: operation, began: time.Now()}
 	inst, err := f.follow(ctx)
 	if err == nil {
@@ -354,7 +347,11 @@ func (m *making) clean(ctx context.Context, enough func(left) bool) error {
 			m.p.forget(m.things)
 			return nil
 		}
-		if err := pauseFor(ctx, max(wait, time.Until(m.p.recall(m.things).next))); err != nil {
+		pause := wait
+		if l.reusable() { // only a reserved interface is left, which need not be asked for often
+			pause = max(wait, time.Until(m.p.recall(m.things).next))
+		}
+		if err := pauseFor(ctx, pause); err != nil {
 			return err
 		}
 	}

@@ -106,7 +106,7 @@ func (p *Provider) reapVM(ctx context.Context, t things) (gone bool, err error) 
 			return false, err
 		}
 		p.learn(t, vm)
-		if provisioning(vm) == "Deleting" || time.Since(asked) < reapLongest {
+		if vm.Properties.ProvisioningState == "Deleting" || time.Since(asked) < reapLongest {
 			return false, nil
 		}
 	}

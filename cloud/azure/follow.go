@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v8"
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
@@ -25,8 +24,8 @@ import (
 type follower struct {
 	p *Provider
 	things
-	seen      *armcompute.VirtualMachine // as last read; nil: not yet
-	operation string                     // path and query; "": not known
+	seen      *vmView // as last read; nil: not yet
+	operation string  // path and query; "": not known
 	began     time.Time
 
 	nextVM, nextOperation time.Time
@@ -77,7 +76,7 @@ func (f *follower) follow(ctx context.Context) (cloud.Instance, error) {
 // look decides by what was last read of the VM.
 func (f *follower) look(ctx context.Context) (cloud.Instance, bool, error) {
 	inst := f.p.instanceOf(f.things, f.seen)
-	state := provisioning(f.seen)
+	state := f.seen.Properties.ProvisioningState
 	switch {
 	case (state == "Failed" || state == "Canceled") && inst.State == cloud.StateFailed:
 		return inst, false, f.why(ctx)
@@ -225,43 +224,24 @@ func (p *Provider) operationState(ctx context.Context, operation, vm string) (do
 	return false, rep.after, nil
 }
 
-// provisioning is the VM's provisioning state.
-func provisioning(vm *armcompute.VirtualMachine) string {
-	if vm.Properties == nil || vm.Properties.ProvisioningState == nil {
-		return ""
-	}
-	return *vm.Properties.ProvisioningState
-}
-
 // statuses are the codes of the VM's instance view that begin with prefix, without
 // it, and their messages.
-func statuses(vm *armcompute.VirtualMachine, prefix string, f func(code, message string)) {
-	if vm.Properties == nil || vm.Properties.InstanceView == nil {
-		return
-	}
+func statuses(vm *vmView, prefix string, f func(code, message string)) {
 	for _, s := range vm.Properties.InstanceView.Statuses {
-		if s == nil || s.Code == nil {
-			continue
+		if len(s.Code) >= len(prefix) && strings.EqualFold(s.Code[:len(prefix)], prefix) {
+			f(s.Code[len(prefix):], s.Message)
 		}
-		if len(*s.Code) < len(prefix) || !strings.EqualFold((*s.Code)[:len(prefix)], prefix) {
-			continue
-		}
-		message := ""
-		if s.Message != nil {
-			message = *s.Message
-		}
-		f((*s.Code)[len(prefix):], message)
 	}
 }
 
 // power is the VM's power state, "" where it has none yet.
-func power(vm *armcompute.VirtualMachine) (state string) {
+func power(vm *vmView) (state string) {
 	statuses(vm, "PowerState/", func(code, _ string) { state = strings.ToLower(code) })
 	return state
 }
 
 // failureOf is the code and the text of a VM whose provisioning has failed.
-func failureOf(vm *armcompute.VirtualMachine) (code, message string) {
+func failureOf(vm *vmView) (code, message string) {
 	code = "ProvisioningFailed"
 	statuses(vm, "ProvisioningState/failed", func(c, m string) {
 		if c = strings.TrimPrefix(c, "/"); c != "" {

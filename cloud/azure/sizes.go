@@ -239,7 +239,7 @@ func (p *Provider) fetchCatalog(ctx context.Context) (*catalog, error) {
 	var errs []error
 	for _, name := range p.cfg.InstanceSizes {
 		key := "AZURE_INSTANCE_SIZES"
-		if name == p.cfg.InstanceSize {
+		if strings.EqualFold(name, p.cfg.InstanceSize) {
 			key = "AZURE_INSTANCE_SIZE"
 		}
 		z, ok := c.named(name)

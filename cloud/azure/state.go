@@ -14,7 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v8"
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
@@ -38,6 +37,40 @@ type part struct {
 	} `json:"properties"`
 }
 
+// vmView is what is read of a VM. The SDK's type would take ten times as long to decode,
+// and a VM is read often.
+type vmView struct {
+	Name       string             `json:"name"`
+	Tags       map[string]*string `json:"tags"`
+	Zones      []string           `json:"zones"`
+	Properties struct {
+		ProvisioningState string    `json:"provisioningState"`
+		TimeCreated       time.Time `json:"timeCreated"`
+		Priority          string    `json:"priority"`
+		HardwareProfile   struct {
+			VMSize string `json:"vmSize"`
+		} `json:"hardwareProfile"`
+		NetworkProfile struct {
+			NetworkInterfaces []struct {
+				ID string `json:"id"`
+			} `json:"networkInterfaces"`
+		} `json:"networkProfile"`
+		StorageProfile struct {
+			OSDisk struct {
+				ManagedDisk struct {
+					ID string `json:"id"`
+				} `json:"managedDisk"`
+			} `json:"osDisk"`
+		} `json:"storageProfile"`
+		InstanceView struct {
+			Statuses []struct {
+				Code    string `json:"code"`
+				Message string `json:"message"`
+			} `json:"statuses"`
+		} `json:"instanceView"` // only where it was asked for
+	} `json:"properties"`
+}
+
 // versionOf is the API that a resource's path belongs to.
 func versionOf(path string) string {
 	if strings.Contains(path, "/Microsoft.Compute/") {
@@ -47,8 +80,8 @@ func versionOf(path string) string {
 }
 
 // getVM reads a VM with its instance view, which holds its power state.
-func (p *Provider) getVM(ctx context.Context, t things) (*armcompute.VirtualMachine, error) {
-	var vm armcompute.VirtualMachine
+func (p *Provider) getVM(ctx context.Context, t things) (*vmView, error) {
+	var vm vmView
 	_, err := p.arm.read(ctx, call{
 		path: t.vm(), version: apiVM, query: url.Values{"$expand": {"instanceView"}}, counts: subject{familyGet, t.vm()},
 	}, &vm)
@@ -56,12 +89,10 @@ func (p *Provider) getVM(ctx context.Context, t things) (*armcompute.VirtualMach
 }
 
 // instanceOf describes a VM.
-func (p *Provider) instanceOf(t things, vm *armcompute.VirtualMachine) cloud.Instance {
+func (p *Provider) instanceOf(t things, vm *vmView) cloud.Instance {
 	inst := tagged(t, vm.Tags)
 	inst.State, inst.Detail = stateOf(vm)
-	if vm.Properties != nil && vm.Properties.TimeCreated != nil {
-		inst.CreatedAt = *vm.Properties.TimeCreated
-	}
+	inst.CreatedAt = vm.Properties.TimeCreated
 	if inst.State != cloud.StateDeleting {
 		inst.Addrs = p.recall(t).addrs
 	}
@@ -70,37 +101,25 @@ func (p *Provider) instanceOf(t things, vm *armcompute.VirtualMachine) cloud.Ins
 }
 
 // learn remembers what belongs to a VM under a name that is not the expected one.
-func (p *Provider) learn(t things, vm *armcompute.VirtualMachine) {
-	var ids []string
-	if vm.Properties == nil {
-		return
-	}
-	if n := vm.Properties.NetworkProfile; n != nil {
-		for _, r := range n.NetworkInterfaces {
-			if r != nil && r.ID != nil {
-				ids = append(ids, *r.ID)
-			}
-		}
-	}
-	if s := vm.Properties.StorageProfile; s != nil && s.OSDisk != nil && s.OSDisk.ManagedDisk != nil && s.OSDisk.ManagedDisk.ID != nil {
-		ids = append(ids, *s.OSDisk.ManagedDisk.ID)
+func (p *Provider) learn(t things, vm *vmView) {
+	ids := []string{vm.Properties.StorageProfile.OSDisk.ManagedDisk.ID}
+	for _, r := range vm.Properties.NetworkProfile.NetworkInterfaces {
+		ids = append(ids, r.ID)
 	}
 	p.learnMore(t, ids...)
 }
 
 // learnMore remembers those of the paths that are in the instance's own group and bear
-// its name, or are otherwise known to be its own.
+// its name.
 func (p *Provider) learnMore(t things, ids ...string) {
 	for _, id := range ids {
-		rest := t.rest()
-		if slices.ContainsFunc(rest, func(r string) bool { return strings.EqualFold(r, id) }) {
-			continue
-		}
-		if !strings.HasPrefix(strings.ToLower(id), strings.ToLower(t.path()+"/providers/microsoft.")) {
+		same := func(other string) bool { return strings.EqualFold(other, id) }
+		if slices.ContainsFunc(t.rest(), same) || !strings.HasPrefix(strings.ToLower(path.Base(id)), t.name) ||
+			!strings.HasPrefix(strings.ToLower(id), strings.ToLower(t.path()+"/providers/microsoft.")) {
 			continue
 		}
 		p.remember(t, func(r *remembered) {
-			if !slices.ContainsFunc(r.more, func(m string) bool { return strings.EqualFold(m, id) }) {
+			if !slices.ContainsFunc(r.more, same) {
 				r.more = append(slices.Clip(r.more), id)
 			}
 		})
@@ -109,9 +128,9 @@ func (p *Provider) learnMore(t things, ids ...string) {
 
 // stateOf reads the state of a VM. Without an instance view, as in lists, one that was
 // made counts as running.
-func stateOf(vm *armcompute.VirtualMachine) (cloud.State, string) {
+func stateOf(vm *vmView) (cloud.State, string) {
 	on := power(vm)
-	switch provisioning(vm) {
+	switch vm.Properties.ProvisioningState {
 	case "Deleting":
 		return cloud.StateDeleting, ""
 	case "Failed", "Canceled":
@@ -142,15 +161,10 @@ func stateOf(vm *armcompute.VirtualMachine) (cloud.State, string) {
 
 // addresses returns the VM's addresses, and remembers them: they do not change. None
 // and no error: it has none yet.
-func (p *Provider) addresses(ctx context.Context, t things, vm *armcompute.VirtualMachine) ([]netip.Addr, error) {
+func (p *Provider) addresses(ctx context.Context, t things, vm *vmView) ([]netip.Addr, error) {
 	nic := t.nic()
-	if vm.Properties != nil && vm.Properties.NetworkProfile != nil {
-		for _, r := range vm.Properties.NetworkProfile.NetworkInterfaces {
-			if r != nil && r.ID != nil {
-				nic = *r.ID
-				break
-			}
-		}
+	if refs := vm.Properties.NetworkProfile.NetworkInterfaces; len(refs) > 0 && refs[0].ID != "" {
+		nic = refs[0].ID
 	}
 	var n part
 	if err := p.arm.get(ctx, nic, apiNetwork, familyNetRead, &n); err != nil {
@@ -320,7 +334,7 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	vms, err := list[armcompute.VirtualMachine](ctx, p.arm, call{
+	vms, err := list[vmView](ctx, p.arm, call{
 		path: p.place.path() + "/providers/Microsoft.Compute/virtualMachines", version: apiVM, counts: subject{family: familyList},
 	})
 	if err != nil {
@@ -339,10 +353,7 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 	}
 	var out []cloud.Instance
 	for i := range vms {
-		if vms[i].Name == nil || vms[i].Tags == nil {
-			continue
-		}
-		t := things{p.place, strings.ToLower(*vms[i].Name)}
+		t := things{p.place, strings.ToLower(vms[i].Name)}
 		if t.name != nameOf(tag(vms[i].Tags, cloud.TagToken)) {
 			continue // not made by us, whatever its tags say
 		}
@@ -375,13 +386,14 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 	return out, nil
 }
 
-// instance is the name of the VM that a part belongs to, by its tag or, for what has
-// none, by its name; "": it is not ours.
+// instance is the name of the VM that a part belongs to; "": it is not ours, whatever
+// its tags say.
 func (r part) instance() string {
-	if token := tag(r.Tags, cloud.TagToken); token != "" {
-		return nameOf(token)
+	name := nameRule.FindString(strings.ToLower(r.Name))
+	if token := tag(r.Tags, cloud.TagToken); token != "" && nameOf(token) != name {
+		return ""
 	}
-	return nameRule.FindString(strings.ToLower(r.Name))
+	return name
 }
 
 // addressesIn finds the addresses of a VM among its parts.
