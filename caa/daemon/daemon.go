@@ -213,6 +213,7 @@ func (d *Daemon) underlay(ctx context.Context) (cloud.Underlay, error) {
 // providers are the clouds this build knows, by the name in CLOUD_PROVIDER.
 var providers = map[string]func(*config.Config) (cloud.Provider, error){
 	config.ProviderLocal: newLocal,
+	config.ProviderAzure: newAzure,
 }
 
 // NewProvider makes the provider of a configuration. InvalidArgument: the configuration
