@@ -187,6 +187,8 @@ func TestAWSProblems(t *testing.T) {
 		{name: "halves", file: awsFile + "AWS_SECRET_ACCESS_KEY=hush\nAWS_ROLE_ARN=arn:aws:iam::123456789012:role/r\n", want: []string{"AWS_SECRET_ACCESS_KEY (", "AWS_ROLE_ARN ("}},
 		{name: "a token alone", file: awsFile + "AWS_SESSION_TOKEN=hush\n", want: []string{"AWS_SESSION_TOKEN ("}},
 		{name: "the secret as the id", file: awsFile + "AWS_ACCESS_KEY_ID=hush/hush\nAWS_SECRET_ACCESS_KEY=a hush\n", want: []string{"AWS_ACCESS_KEY_ID is wrong (", "AWS_SECRET_ACCESS_KEY is wrong ("}},
+		{name: "secrets on lines that are wrong", file: awsFile + "AWS_SECRET_ACCESS_KEY: hush=\nhush\nAWS_ENDPOINT_URL=https://me:hush@host\n",
+			want: []string{"want AWS_SECRET_ACCESS_KEY=VALUE", "want KEY=VALUE", `AWS_ENDPOINT_URL is "https://[redacted]@host"`}},
 		{name: "placeholders", file: awsFile + "AWS_REGION=<aws_region>\nAWS_SUBNET_ID=subnet-<id>\nAWS_SG_IDS=${SG}\nAWS_ACCESS_KEY_ID=<id>\nAWS_SECRET_ACCESS_KEY=<secret>\n",
 			want: []string{`AWS_REGION is still the placeholder "<aws_region>"`, `placeholder "<id>" (`, `still has the placeholder "<id>"`, `no shell has replaced "${SG}"`, `AWS_SECRET_ACCESS_KEY is still the placeholder`}},
 		{name: "slips in the file", file: awsFile + "AWS_SUBNET_IDS=x\nAWS_SECURITY_GROUP_IDS=x\nDISABLE_CVM=true\nPODVM_INSTANCE_SIZE=x\nAWS_FROBNICATE=1\nPROXY_TIMEOT=1m\nAWS_CA_BUNDLE=/x\n",

@@ -118,7 +118,7 @@ PULL_INSECURE_REGISTRIES=http://r.example
 		`PROXY_TIMEOUT is "5"`, `VXLAN_PORT is "70000"`, `FORWARDER_PORT is still the placeholder "<port>"`,
 		`PEERPODS_LIMIT_PER_NODE is "many"`, `PODS_DIR is "run/pods"`, `TAGS is "a"`, `LOCAL_ACCEL is "hvf"`,
 		`LOCAL_SUBNET is "10.0.0.1/24"`, `LOCAL_MEMORY is "1"`, `LOCAL_BRIDGE is "a/b"`, `LOCAL_KERNEL is "/absent/vmlinuz"`,
-		`LOCAL_INITRD is not set`, `did you mean PROXY_TIMEOUT?`, `NONSENSE is not a setting`, `got "what is this"`,
+		`LOCAL_INITRD is not set`, `did you mean PROXY_TIMEOUT?`, `NONSENSE is not a setting`, `: want KEY=VALUE, or a #`,
 		`TLS_SKIP_VERIFY is "true"`, `VXLAN_MIN_ID is set twice`, `LOG_LEVEL is "loud" (flag --log-level)`,
 		`REMOTE_HYPERVISOR_ENDPOINT is`, `PULL_AUTH_FILE is "auth.json"`, `PULL_INSECURE_REGISTRIES is "http://r.example"`,
 	}

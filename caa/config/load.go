@@ -154,7 +154,12 @@ func (p *problems) parseFile(path, text string) []setting {
 		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
 		switch {
 		case !ok || !nameRule.MatchString(name):
-			p.add("%s: want KEY=VALUE, got %q", at, line)
+			// Not the line: it may be a secret, or the rest of one.
+			if word := strings.TrimSuffix(strings.Fields(line)[0], ":"); has(allKeys, word) {
+				p.add("%s: want %s=VALUE, with nothing else on the line", at, word)
+			} else {
+				p.add("%s: want KEY=VALUE, or a # before it", at)
+			}
 			continue
 		case lines[name] != 0:
 			p.add("%s: %s is set twice, first on line %d; remove one", at, name, lines[name])
@@ -174,6 +179,7 @@ func (p *problems) parseFile(path, text string) []setting {
 var (
 	placeholderRule = regexp.MustCompile(`^<[^<>]*>$`)
 	withinRule      = regexp.MustCompile(`<[^<>]+>`)
+	userRule        = regexp.MustCompile(`//[^/@]*@`) // of a URL, with a password
 	shellRule       = regexp.MustCompile(`\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)`)
 )
 
@@ -208,7 +214,7 @@ func (p *problems) apply(values map[string]setting, provider string) *Config {
 			continue
 		}
 		if err := k.set(&c, s.value); err != nil {
-			shown := fmt.Sprintf("%q", s.value)
+			shown := fmt.Sprintf("%q", userRule.ReplaceAllString(s.value, "//"+redacted+"@"))
 			if slices.Contains(secretKeys, s.name) {
 				shown = "wrong"
 			}
