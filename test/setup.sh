@@ -9,7 +9,7 @@ set -eu
 
 packages="qemu-system-x86 containerd runc containernetworking-plugins busybox-static
 gcc libc6-dev libseccomp-dev pkg-config bash-static iproute2 iptables protobuf-compiler libprotobuf-dev
-ovmf qemu-utils dosfstools sbsigntool"
+ovmf qemu-utils dosfstools sbsigntool openssl"
 [ $# -eq 0 ] || packages=$*
 
 missing=

@@ -103,10 +103,10 @@ type Config struct {
 	// DefaultCgroupParent.
 	CgroupParent string
 	// DefaultRootfsSize bounds an imported root file system whose request has no
-	// limit, in bytes. 0: half of the machine's memory.
+	// limit, in bytes. 0: half of the machine's memory, and of its swap.
 	DefaultRootfsSize uint64
 	// VolumesSize bounds what PutVolume brings, all volumes together, in bytes. 0: a
-	// quarter of the machine's memory.
+	// quarter of the machine's memory, and of its swap.
 	VolumesSize uint64
 	// Images says how the guest pulls images. Dir and RootSize are set by New: below
 	// StateDir, and DefaultRootfsSize.
@@ -225,12 +225,13 @@ func New(cfg Config) (*Agent, error) {
 	return a, nil
 }
 
+// halfOfMemory is half of what a tmpfs can fill: memory and swap.
 func halfOfMemory() (uint64, error) {
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err != nil {
 		return 0, fmt.Errorf("read the machine's memory size: %w", err)
 	}
-	return max(uint64(si.Totalram)*uint64(si.Unit)/2, defaultRootfsFloor), nil
+	return max((uint64(si.Totalram)+uint64(si.Totalswap))*uint64(si.Unit)/2, defaultRootfsFloor), nil
 }
 
 // Register adds the agent's three services to a server. Call it once per server,

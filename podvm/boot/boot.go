@@ -63,6 +63,9 @@ type Config struct {
 	Version string
 	// Logger takes the log. Default: slog.Default.
 	Logger *slog.Logger
+
+	// beforeAgent is closed when the agent may look how much memory there is; nil: now.
+	beforeAgent <-chan struct{}
 }
 
 func (c Config) complete() Config {
@@ -175,6 +178,9 @@ type backend interface {
 func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend, error) {
 	if socket := cmp.Or(cfg.AgentSocket, pod.AgentSocket); socket != "" {
 		return stockAgent{forwarder.FrontConfig{Socket: socket, PodNetNS: cfg.PodNetNS, Log: log}}, nil
+	}
+	if cfg.beforeAgent != nil {
+		<-cfg.beforeAgent
 	}
 	a, err := agent.New(agent.Config{
 		PodNetNS: cfg.PodNetNS,

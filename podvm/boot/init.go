@@ -112,6 +112,13 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		loading.Follow(ctx, func(err error) { cfg.Logger.Error("a device has no driver", logkey.Error, err.Error()) })
 		return nil
 	})
+	scratched := make(chan struct{})
+	g.Go(func() error {
+		defer close(scratched)
+		addScratch(ctx, loading, m, cfg.Logger)
+		return nil
+	})
+	cfg.beforeAgent = scratched
 	g.Go(func() error {
 		lease := newLeasing(loading, m)
 		defer lease.stop()

@@ -68,20 +68,32 @@ func podvmdPath(t *testing.T) string {
 	return path
 }
 
-// podImage builds the image from Debian's kernel, which the fetch script caches.
+// fetch returns the directory of a package that the image is made of, which the script
+// caches.
+func fetch(t *testing.T, what string) string {
+	t.Helper()
+	cmd := exec.Command("../image/fetch.sh", what)
+	var log strings.Builder
+	cmd.Stderr = &log
+	tree, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("fetch the %s: %v\n%s", what, err, log.String())
+	}
+	return strings.TrimSpace(string(tree))
+}
+
+// imageConfig says how the image is built from Debian's kernel.
+func imageConfig(t *testing.T) image.Config {
+	t.Helper()
+	return image.Config{KernelTree: fetch(t, "kernel"), Podvmd: podvmdPath(t), Out: t.TempDir(), Format: image.FormatELF}
+}
+
+// podImage builds the image.
 func podImage(t *testing.T) *image.Manifest {
 	t.Helper()
-	fetch := exec.Command("../image/fetch.sh")
-	var log strings.Builder
-	fetch.Stderr = &log
-	tree, err := fetch.Output()
-	if err != nil {
-		t.Fatalf("fetch the kernel: %v\n%s", err, log.String())
-	}
-	out := t.TempDir()
-	m, err := image.Build(image.Config{
-		KernelTree: strings.TrimSpace(string(tree)), Podvmd: podvmdPath(t), Out: out, Format: image.FormatELF,
-	})
+	cfg := imageConfig(t)
+	out := cfg.Out
+	m, err := image.Build(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,6 +234,18 @@ func startVM(t *testing.T, m *image.Manifest, seed string, cpus int, more ...str
 // startVMIn is startVM in a namespace that is there.
 func startVMIn(t *testing.T, node *nstest.NS, m *image.Manifest, seed string, cpus int, more ...string) *vm {
 	t.Helper()
+	if seed != "" {
+		more = append(more, "-drive", "if=none,id=seed,format=raw,readonly=on,file="+seed, "-device", "virtio-blk-pci,drive=seed,disable-legacy=on")
+	}
+	return launch(t, node, cpus, "", append([]string{
+		"-kernel", m.Kernel.Path, "-initrd", m.Initrd.Path, "-append", "console=ttyS0 no_timer_check " + m.CommandLine,
+	}, more...)...)
+}
+
+// launch starts a machine as the local provider does (cloud/local), in short. feature are
+// more properties of the machine, what boots is among the arguments.
+func launch(t *testing.T, node *nstest.NS, cpus int, feature string, more ...string) *vm {
+	t.Helper()
 	v := &vm{t: t, console: filepath.Join(t.TempDir(), "console"), ended: make(chan struct{}), node: node}
 	var tap *os.File
 	v.node.Do(func() (err error) {
@@ -231,14 +255,9 @@ func startVMIn(t *testing.T, node *nstest.NS, m *image.Manifest, seed string, cp
 	defer tap.Close()
 	v.node.Up("tap0")
 	v.node.Addr("tap0", nodeAddr)
-	if seed != "" {
-		more = append(more, "-drive", "if=none,id=seed,format=raw,readonly=on,file="+seed, "-device", "virtio-blk-pci,drive=seed,disable-legacy=on")
-	}
-	// As the local provider starts it (cloud/local), in short.
 	qemu := exec.Command("qemu-system-x86_64", append([]string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", "512",
-		"-kernel", m.Kernel.Path, "-initrd", m.Initrd.Path, "-append", "console=ttyS0 no_timer_check " + m.CommandLine,
+		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off" + feature, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", "512",
 		"-serial", "file:" + v.console,
 		"-netdev", "tap,id=net0,fd=3", "-device", "virtio-net-pci,netdev=net0,mac=" + guestMAC + ",disable-legacy=on,romfile=",
 	}, more...)...)

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/kata-remote/kata-remote/podvm/scratch"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -101,9 +102,14 @@ func machineOf(program string) (machine, error) {
 }
 
 // diskCommandLine is CommandLine for a cloud's machine. There, drivers of network cards
-// make as many queues as there are CPUs when they are loaded, so all are started.
-func diskCommandLine(id guid, console string) string {
+// make as many queues as there are CPUs when they are loaded, so all are started. The check
+// of the timer is one that the kernel leaves out by itself under KVM and Hyper-V, and that
+// fails now and then on an emulated machine that does not get its processor.
+func diskCommandLine(on machine, id guid, console string) string {
 	var words []string
+	if on.elf == elf.EM_X86_64 {
+		words = append(words, "no_timer_check")
+	}
 	for w := range strings.FieldsSeq(CommandLine) {
 		if !strings.HasPrefix(w, "maxcpus=") {
 			words = append(words, w)
@@ -112,7 +118,7 @@ func diskCommandLine(id guid, console string) string {
 	if console != "" {
 		words = append(words, "console="+console)
 	}
-	return strings.Join(append(words, "podvmd.disk="+id.String()), " ")
+	return strings.Join(append(words, scratch.Parameter+"="+id.String()), " ")
 }
 
 // BuildDisk makes the disk images in cfg.Out beside what Build wrote there, and returns
@@ -134,7 +140,7 @@ func BuildDisk(cfg Config, d DiskConfig) (*Manifest, error) {
 	disk := &Disk{Architecture: p.machine.name, Modules: moduleNames(p.modules)}
 	ids := p.identity(d.Console)
 	diskID, partitionID := newGUID(ids[:16]), newGUID(ids[16:])
-	disk.GUID, disk.CommandLine = diskID.String(), diskCommandLine(diskID, d.Console)
+	disk.GUID, disk.CommandLine = diskID.String(), diskCommandLine(p.machine, diskID, d.Console)
 	sections := p.sections(disk.CommandLine)
 	uki, err := appendSections(p.stub, sections)
 	if err != nil {
