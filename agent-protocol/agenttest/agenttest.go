@@ -76,6 +76,7 @@ type Agent struct {
 	volumes    map[string]*volume
 	calls      []string
 	oom        chan string
+	notices    chan *podvmpb.Notice
 	work       group
 }
 
@@ -102,6 +103,7 @@ func (a *Agent) init() {
 		a.rootfs = map[string][]byte{}
 		a.volumes = map[string]*volume{}
 		a.oom = make(chan string, 16)
+		a.notices = make(chan *podvmpb.Notice, 16)
 	}
 }
 

@@ -15,6 +15,25 @@ import (
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 )
 
+// Announce has one WaitNotice return the notice. Call it after Register.
+func (a *Agent) Announce(n *podvmpb.Notice) {
+	a.mu.Lock()
+	a.init()
+	c := a.notices
+	a.mu.Unlock()
+	c <- n
+}
+
+// WaitNotice returns what Announce was given, each once.
+func (s extensionService) WaitNotice(ctx context.Context, req *podvmpb.WaitNoticeRequest) (*podvmpb.Notice, error) {
+	select {
+	case n := <-s.notices:
+		return n, nil
+	case <-ctx.Done():
+		return nil, errgrpc.ToGRPC(ctx.Err())
+	}
+}
+
 // Forward connects to a port of the loopback interface that the test is on.
 func (s extensionService) Forward(ctx context.Context, st podvmpb.PodVM_ForwardServer) error {
 	if err := s.enter(ctx, "Forward"); err != nil {

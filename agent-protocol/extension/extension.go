@@ -25,6 +25,8 @@ const (
 	Volumes Feature = "peerpod.volumes.v1"
 	// Forward: PodVM.Forward.
 	Forward Feature = "peerpod.forward.v1"
+	// Notice: PodVM.WaitNotice. Advertised only in clouds that give notice.
+	Notice Feature = "peerpod.notice.v1"
 )
 
 const (

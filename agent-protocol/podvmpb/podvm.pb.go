@@ -124,6 +124,58 @@ func (OutputStream) EnumDescriptor() ([]byte, []int) {
 	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{1}
 }
 
+type NoticeKind int32
+
+const (
+	NoticeKind_NOTICE_KIND_UNSPECIFIED NoticeKind = 0
+	// The cloud takes the machine away at the deadline.
+	NoticeKind_NOTICE_KIND_TAKEN NoticeKind = 1
+	// The cloud may soon take it away: it advises to have the work elsewhere. There is no
+	// deadline.
+	NoticeKind_NOTICE_KIND_AT_RISK NoticeKind = 2
+)
+
+// Enum value maps for NoticeKind.
+var (
+	NoticeKind_name = map[int32]string{
+		0: "NOTICE_KIND_UNSPECIFIED",
+		1: "NOTICE_KIND_TAKEN",
+		2: "NOTICE_KIND_AT_RISK",
+	}
+	NoticeKind_value = map[string]int32{
+		"NOTICE_KIND_UNSPECIFIED": 0,
+		"NOTICE_KIND_TAKEN":       1,
+		"NOTICE_KIND_AT_RISK":     2,
+	}
+)
+
+func (x NoticeKind) Enum() *NoticeKind {
+	p := new(NoticeKind)
+	*p = x
+	return p
+}
+
+func (x NoticeKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NoticeKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_agent_protocol_proto_podvm_proto_enumTypes[2].Descriptor()
+}
+
+func (NoticeKind) Type() protoreflect.EnumType {
+	return &file_agent_protocol_proto_podvm_proto_enumTypes[2]
+}
+
+func (x NoticeKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NoticeKind.Descriptor instead.
+func (NoticeKind) EnumDescriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{2}
+}
+
 type ImportRootfsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// First request only.
@@ -865,6 +917,122 @@ func (x *ForwardFrame) GetAcked() uint64 {
 	return 0
 }
 
+type WaitNoticeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The notice that the caller has had, so that the next one is waited for. Empty: none.
+	SeenId        string `protobuf:"bytes,1,opt,name=seen_id,json=seenId,proto3" json:"seen_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitNoticeRequest) Reset() {
+	*x = WaitNoticeRequest{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitNoticeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitNoticeRequest) ProtoMessage() {}
+
+func (x *WaitNoticeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitNoticeRequest.ProtoReflect.Descriptor instead.
+func (*WaitNoticeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *WaitNoticeRequest) GetSeenId() string {
+	if x != nil {
+		return x.SeenId
+	}
+	return ""
+}
+
+type Notice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Tells this notice from others of the machine.
+	Id   string     `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind NoticeKind `protobuf:"varint,2,opt,name=kind,proto3,enum=peerpod.podvm.v1.NoticeKind" json:"kind,omitempty"`
+	// Milliseconds since 1970, by the cloud's clock. 0: the cloud gave no time.
+	DeadlineUnixMs int64 `protobuf:"varint,3,opt,name=deadline_unix_ms,json=deadlineUnixMs,proto3" json:"deadline_unix_ms,omitempty"`
+	// What the cloud calls it: "spot interruption".
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Notice) Reset() {
+	*x = Notice{}
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Notice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Notice) ProtoMessage() {}
+
+func (x *Notice) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_proto_podvm_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Notice.ProtoReflect.Descriptor instead.
+func (*Notice) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_proto_podvm_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Notice) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Notice) GetKind() NoticeKind {
+	if x != nil {
+		return x.Kind
+	}
+	return NoticeKind_NOTICE_KIND_UNSPECIFIED
+}
+
+func (x *Notice) GetDeadlineUnixMs() int64 {
+	if x != nil {
+		return x.DeadlineUnixMs
+	}
+	return 0
+}
+
+func (x *Notice) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 var File_agent_protocol_proto_podvm_proto protoreflect.FileDescriptor
 
 const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
@@ -918,14 +1086,26 @@ const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
 	"\x06window\x18\x02 \x01(\x04R\x06window\x12\x12\n" +
 	"\x04data\x18\x03 \x01(\fR\x04data\x12\x10\n" +
 	"\x03eof\x18\x04 \x01(\bR\x03eof\x12\x14\n" +
-	"\x05acked\x18\x05 \x01(\x04R\x05acked*9\n" +
+	"\x05acked\x18\x05 \x01(\x04R\x05acked\",\n" +
+	"\x11WaitNoticeRequest\x12\x17\n" +
+	"\aseen_id\x18\x01 \x01(\tR\x06seenId\"\x8c\x01\n" +
+	"\x06Notice\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x120\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x1c.peerpod.podvm.v1.NoticeKindR\x04kind\x12(\n" +
+	"\x10deadline_unix_ms\x18\x03 \x01(\x03R\x0edeadlineUnixMs\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason*9\n" +
 	"\vCompression\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_ZSTD\x10\x01*a\n" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\xa4\x04\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x02*Y\n" +
+	"\n" +
+	"NoticeKind\x12\x1b\n" +
+	"\x17NOTICE_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11NOTICE_KIND_TAKEN\x10\x01\x12\x17\n" +
+	"\x13NOTICE_KIND_AT_RISK\x10\x022\xf1\x04\n" +
 	"\x05PodVM\x12a\n" +
 	"\fImportRootfs\x12%.peerpod.podvm.v1.ImportRootfsRequest\x1a&.peerpod.podvm.v1.ImportRootfsResponse(\x010\x01\x12[\n" +
 	"\n" +
@@ -934,7 +1114,9 @@ const file_agent_protocol_proto_podvm_proto_rawDesc = "" +
 	"WriteInput\x12#.peerpod.podvm.v1.WriteInputRequest\x1a$.peerpod.podvm.v1.WriteInputResponse\x12T\n" +
 	"\tPutVolume\x12\".peerpod.podvm.v1.PutVolumeRequest\x1a#.peerpod.podvm.v1.PutVolumeResponse\x12]\n" +
 	"\fRemoveVolume\x12%.peerpod.podvm.v1.RemoveVolumeRequest\x1a&.peerpod.podvm.v1.RemoveVolumeResponse\x12M\n" +
-	"\aForward\x12\x1e.peerpod.podvm.v1.ForwardFrame\x1a\x1e.peerpod.podvm.v1.ForwardFrame(\x010\x01BCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
+	"\aForward\x12\x1e.peerpod.podvm.v1.ForwardFrame\x1a\x1e.peerpod.podvm.v1.ForwardFrame(\x010\x01\x12K\n" +
+	"\n" +
+	"WaitNotice\x12#.peerpod.podvm.v1.WaitNoticeRequest\x1a\x18.peerpod.podvm.v1.NoticeBCZAgithub.com/kata-remote/kata-remote/agent-protocol/podvmpb;podvmpbb\x06proto3"
 
 var (
 	file_agent_protocol_proto_podvm_proto_rawDescOnce sync.Once
@@ -948,43 +1130,49 @@ func file_agent_protocol_proto_podvm_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_proto_podvm_proto_rawDescData
 }
 
-var file_agent_protocol_proto_podvm_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_agent_protocol_proto_podvm_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_agent_protocol_proto_podvm_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_agent_protocol_proto_podvm_proto_goTypes = []any{
 	(Compression)(0),             // 0: peerpod.podvm.v1.Compression
 	(OutputStream)(0),            // 1: peerpod.podvm.v1.OutputStream
-	(*ImportRootfsRequest)(nil),  // 2: peerpod.podvm.v1.ImportRootfsRequest
-	(*ImportRootfsResponse)(nil), // 3: peerpod.podvm.v1.ImportRootfsResponse
-	(*ReadOutputRequest)(nil),    // 4: peerpod.podvm.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),   // 5: peerpod.podvm.v1.ReadOutputResponse
-	(*WriteInputRequest)(nil),    // 6: peerpod.podvm.v1.WriteInputRequest
-	(*WriteInputResponse)(nil),   // 7: peerpod.podvm.v1.WriteInputResponse
-	(*PutVolumeRequest)(nil),     // 8: peerpod.podvm.v1.PutVolumeRequest
-	(*PutVolumeResponse)(nil),    // 9: peerpod.podvm.v1.PutVolumeResponse
-	(*RemoveVolumeRequest)(nil),  // 10: peerpod.podvm.v1.RemoveVolumeRequest
-	(*RemoveVolumeResponse)(nil), // 11: peerpod.podvm.v1.RemoveVolumeResponse
-	(*ForwardFrame)(nil),         // 12: peerpod.podvm.v1.ForwardFrame
+	(NoticeKind)(0),              // 2: peerpod.podvm.v1.NoticeKind
+	(*ImportRootfsRequest)(nil),  // 3: peerpod.podvm.v1.ImportRootfsRequest
+	(*ImportRootfsResponse)(nil), // 4: peerpod.podvm.v1.ImportRootfsResponse
+	(*ReadOutputRequest)(nil),    // 5: peerpod.podvm.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),   // 6: peerpod.podvm.v1.ReadOutputResponse
+	(*WriteInputRequest)(nil),    // 7: peerpod.podvm.v1.WriteInputRequest
+	(*WriteInputResponse)(nil),   // 8: peerpod.podvm.v1.WriteInputResponse
+	(*PutVolumeRequest)(nil),     // 9: peerpod.podvm.v1.PutVolumeRequest
+	(*PutVolumeResponse)(nil),    // 10: peerpod.podvm.v1.PutVolumeResponse
+	(*RemoveVolumeRequest)(nil),  // 11: peerpod.podvm.v1.RemoveVolumeRequest
+	(*RemoveVolumeResponse)(nil), // 12: peerpod.podvm.v1.RemoveVolumeResponse
+	(*ForwardFrame)(nil),         // 13: peerpod.podvm.v1.ForwardFrame
+	(*WaitNoticeRequest)(nil),    // 14: peerpod.podvm.v1.WaitNoticeRequest
+	(*Notice)(nil),               // 15: peerpod.podvm.v1.Notice
 }
 var file_agent_protocol_proto_podvm_proto_depIdxs = []int32{
 	0,  // 0: peerpod.podvm.v1.ImportRootfsRequest.compression:type_name -> peerpod.podvm.v1.Compression
 	1,  // 1: peerpod.podvm.v1.ReadOutputRequest.stream:type_name -> peerpod.podvm.v1.OutputStream
-	2,  // 2: peerpod.podvm.v1.PodVM.ImportRootfs:input_type -> peerpod.podvm.v1.ImportRootfsRequest
-	4,  // 3: peerpod.podvm.v1.PodVM.ReadOutput:input_type -> peerpod.podvm.v1.ReadOutputRequest
-	6,  // 4: peerpod.podvm.v1.PodVM.WriteInput:input_type -> peerpod.podvm.v1.WriteInputRequest
-	8,  // 5: peerpod.podvm.v1.PodVM.PutVolume:input_type -> peerpod.podvm.v1.PutVolumeRequest
-	10, // 6: peerpod.podvm.v1.PodVM.RemoveVolume:input_type -> peerpod.podvm.v1.RemoveVolumeRequest
-	12, // 7: peerpod.podvm.v1.PodVM.Forward:input_type -> peerpod.podvm.v1.ForwardFrame
-	3,  // 8: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
-	5,  // 9: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
-	7,  // 10: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
-	9,  // 11: peerpod.podvm.v1.PodVM.PutVolume:output_type -> peerpod.podvm.v1.PutVolumeResponse
-	11, // 12: peerpod.podvm.v1.PodVM.RemoveVolume:output_type -> peerpod.podvm.v1.RemoveVolumeResponse
-	12, // 13: peerpod.podvm.v1.PodVM.Forward:output_type -> peerpod.podvm.v1.ForwardFrame
-	8,  // [8:14] is the sub-list for method output_type
-	2,  // [2:8] is the sub-list for method input_type
-	2,  // [2:2] is the sub-list for extension type_name
-	2,  // [2:2] is the sub-list for extension extendee
-	0,  // [0:2] is the sub-list for field type_name
+	2,  // 2: peerpod.podvm.v1.Notice.kind:type_name -> peerpod.podvm.v1.NoticeKind
+	3,  // 3: peerpod.podvm.v1.PodVM.ImportRootfs:input_type -> peerpod.podvm.v1.ImportRootfsRequest
+	5,  // 4: peerpod.podvm.v1.PodVM.ReadOutput:input_type -> peerpod.podvm.v1.ReadOutputRequest
+	7,  // 5: peerpod.podvm.v1.PodVM.WriteInput:input_type -> peerpod.podvm.v1.WriteInputRequest
+	9,  // 6: peerpod.podvm.v1.PodVM.PutVolume:input_type -> peerpod.podvm.v1.PutVolumeRequest
+	11, // 7: peerpod.podvm.v1.PodVM.RemoveVolume:input_type -> peerpod.podvm.v1.RemoveVolumeRequest
+	13, // 8: peerpod.podvm.v1.PodVM.Forward:input_type -> peerpod.podvm.v1.ForwardFrame
+	14, // 9: peerpod.podvm.v1.PodVM.WaitNotice:input_type -> peerpod.podvm.v1.WaitNoticeRequest
+	4,  // 10: peerpod.podvm.v1.PodVM.ImportRootfs:output_type -> peerpod.podvm.v1.ImportRootfsResponse
+	6,  // 11: peerpod.podvm.v1.PodVM.ReadOutput:output_type -> peerpod.podvm.v1.ReadOutputResponse
+	8,  // 12: peerpod.podvm.v1.PodVM.WriteInput:output_type -> peerpod.podvm.v1.WriteInputResponse
+	10, // 13: peerpod.podvm.v1.PodVM.PutVolume:output_type -> peerpod.podvm.v1.PutVolumeResponse
+	12, // 14: peerpod.podvm.v1.PodVM.RemoveVolume:output_type -> peerpod.podvm.v1.RemoveVolumeResponse
+	13, // 15: peerpod.podvm.v1.PodVM.Forward:output_type -> peerpod.podvm.v1.ForwardFrame
+	15, // 16: peerpod.podvm.v1.PodVM.WaitNotice:output_type -> peerpod.podvm.v1.Notice
+	10, // [10:17] is the sub-list for method output_type
+	3,  // [3:10] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_agent_protocol_proto_podvm_proto_init() }
@@ -997,8 +1185,8 @@ func file_agent_protocol_proto_podvm_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_proto_podvm_proto_rawDesc), len(file_agent_protocol_proto_podvm_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   11,
+			NumEnums:      3,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

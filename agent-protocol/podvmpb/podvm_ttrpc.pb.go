@@ -14,6 +14,7 @@ type PodVMService interface {
 	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
 	Forward(context.Context, PodVM_ForwardServer) error
+	WaitNotice(context.Context, *WaitNoticeRequest) (*Notice, error)
 }
 
 type PodVM_ImportRootfsServer interface {
@@ -106,6 +107,13 @@ func RegisterPodVMService(srv *ttrpc.Server, svc PodVMService) {
 				}
 				return svc.RemoveVolume(ctx, &req)
 			},
+			"WaitNotice": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req WaitNoticeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.WaitNotice(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"ImportRootfs": {
@@ -140,6 +148,7 @@ type PodVMClient interface {
 	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	RemoveVolume(context.Context, *RemoveVolumeRequest) (*RemoveVolumeResponse, error)
 	Forward(context.Context) (PodVM_ForwardClient, error)
+	WaitNotice(context.Context, *WaitNoticeRequest) (*Notice, error)
 }
 
 type podvmClient struct {
@@ -276,4 +285,12 @@ func (x *podvmForwardClient) Recv() (*ForwardFrame, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+func (c *podvmClient) WaitNotice(ctx context.Context, req *WaitNoticeRequest) (*Notice, error) {
+	var resp Notice
+	if err := c.client.Call(ctx, "peerpod.podvm.v1.PodVM", "WaitNotice", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }

@@ -119,6 +119,9 @@ type Config struct {
 	ResolvConf string
 	// Version is reported by Version and GetGuestDetails.
 	Version string
+	// Notices tells what the cloud announces. Nil: the machine is in none that does, and
+	// the feature is not advertised.
+	Notices noticer
 	// OnDestroy is called, in a goroutine of its own, once DestroySandbox has removed
 	// everything; the answer may still be on its way. Nil: the agent goes on serving.
 	OnDestroy func()

@@ -48,6 +48,9 @@ func (s *service) GetGuestDetails(_ context.Context, req *agentpb.GuestDetailsRe
 		StorageHandlers: storageDriverNames(),
 		ExtraFeatures:   []string{string(extension.Rootfs), string(extension.Streams), string(extension.Pause), string(extension.Volumes), string(extension.Forward)},
 	}
+	if s.a.cfg.Notices != nil {
+		d.ExtraFeatures = append(d.ExtraFeatures, string(extension.Notice))
+	}
 	r := &agentpb.GuestDetailsResponse{AgentDetails: d}
 	if req.MemBlockSize {
 		var err error

@@ -40,6 +40,7 @@ import (
 	"github.com/kata-remote/kata-remote/podvm/agent/pull"
 	"github.com/kata-remote/kata-remote/podvm/forwarder"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
+	"github.com/kata-remote/kata-remote/podvm/notice"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -66,6 +67,8 @@ type Config struct {
 
 	// beforeAgent is closed when the agent may look how much memory there is; nil: now.
 	beforeAgent <-chan struct{}
+
+	notices *notice.Watch // nil: the machine is in no cloud that gives notice
 }
 
 func (c Config) complete() Config {
@@ -182,13 +185,17 @@ func newBackend(cfg Config, pod *podvmconfig.Config, log *slog.Logger) (backend,
 	if cfg.beforeAgent != nil {
 		<-cfg.beforeAgent
 	}
-	a, err := agent.New(agent.Config{
+	ac := agent.Config{
 		PodNetNS: cfg.PodNetNS,
 		StateDir: cfg.StateDir,
 		Version:  cfg.Version,
 		Logger:   log,
 		Images:   pull.Config{AuthFile: podvmconfig.AuthPath, CA: pod.RegistryCA, Insecure: pod.InsecureRegistries},
-	})
+	}
+	if cfg.notices != nil {
+		ac.Notices = cfg.notices
+	}
+	a, err := agent.New(ac)
 	if err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}

@@ -123,6 +123,7 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 		lease := newLeasing(loading, m)
 		defer lease.stop()
 		platform := bootconf.Detect("")
+		cfg.notices = watchOf(platform)
 		boot, pod, err := readSeed(ctx, platform, loading, lease, m)
 		if err != nil {
 			return err
@@ -137,6 +138,12 @@ func runInit(ctx context.Context, cfg Config, m *marks) error {
 				lease.keep(ctx, log)
 				return nil
 			})
+			if cfg.notices != nil {
+				g.Go(func() error {
+					cfg.notices.Run(ctx)
+					return nil
+				})
+			}
 			if platform == bootconf.PlatformAzure {
 				g.Go(func() error {
 					reportReady(ctx, log)

@@ -13,6 +13,7 @@ import (
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
 	"github.com/kata-remote/kata-remote/podvm/guestnet"
 	"github.com/kata-remote/kata-remote/podvm/kmod"
+	"github.com/kata-remote/kata-remote/podvm/notice"
 	"golang.org/x/sys/unix"
 )
 
@@ -165,6 +166,17 @@ func bringUpNetwork(ctx context.Context, cfg Config, boot *bootconf.Config, pod 
 	}
 	defer m.done("tunnel")
 	return guestnet.Ensure(ctx, cfg.PodNetNS, pod)
+}
+
+// watchOf returns what knows of the cloud's notices; nil: there are none.
+func watchOf(p bootconf.Platform) *notice.Watch {
+	switch p {
+	case bootconf.PlatformEC2:
+		return notice.EC2("")
+	case bootconf.PlatformAzure:
+		return notice.Azure("")
+	}
+	return nil
 }
 
 // reportReady tells Azure that the machine is up. A failure is Azure's to act on: it gives

@@ -92,6 +92,7 @@ type Container struct {
 	state    State
 	execs    map[string]*process.Process
 	oomKills uint64 // as often as OOM was called
+	why      string // why the container is ended from outside; empty: it is not
 }
 
 // New returns the container in StateCreated.
@@ -260,13 +261,25 @@ func (c *Container) saveTermination(ctx context.Context) {
 	}
 	r, err := guest.Agent(ctx, c.cfg.Conn, agentpb.AgentServiceService.GetDiagnosticData,
 		&agentpb.GetDiagnosticDataRequest{LogType: "termination_log", ContainerId: c.cfg.ID})
+	c.mu.Lock()
+	data := c.why
+	c.mu.Unlock()
 	if err == nil && len(r.Data) > 0 {
-		data := r.Data[max(0, len(r.Data)-terminationMax):]
-		err = writeExisting(c.cfg.TerminationLog, data)
+		data = r.Data[max(0, len(r.Data)-terminationMax):]
+	}
+	if data != "" {
+		err = errors.Join(err, writeExisting(c.cfg.TerminationLog, data))
 	}
 	if err != nil && !errors.Is(err, guest.ErrDead) {
 		log.G(ctx).WithError(err).WithField(logkey.Container, c.cfg.ID).Warn("termination message was not saved")
 	}
+}
+
+// Explain has the container's termination message say why it ends, unless it writes one.
+func (c *Container) Explain(why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.why = why
 }
 
 func writeExisting(path, data string) error {

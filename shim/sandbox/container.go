@@ -31,6 +31,9 @@ type Made struct {
 // leaves nothing in the guest that is not named after the container.
 func (s *Sandbox) CreateContainer(ctx context.Context, r *taskapi.CreateTaskRequest, spc *specs.Spec) (_ *Made, err error) {
 	g, err := s.Guest()
+	if err == nil {
+		err = s.Taken()
+	}
 	if err != nil {
 		return nil, err
 	}

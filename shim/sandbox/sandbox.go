@@ -67,6 +67,9 @@ type Config struct {
 	OOM func(container string)
 	// Stopped runs once, in its own goroutine, when the sandbox was stopped. It may be nil.
 	Stopped func()
+	// Taken runs once, when the cloud takes the pod VM back: it ends the containers, in
+	// the time there is. The sandbox is stopped when it returns. It may be nil.
+	Taken func(context.Context, *Taking)
 	// ClockInterval replaces clockInterval when it is not 0.
 	ClockInterval time.Duration
 }
@@ -87,6 +90,7 @@ type Sandbox struct {
 	seccomp  bool
 	handlers []string      // the agent's storage drivers
 	pull     bool          // the guest pulls images
+	taking   *Taking       // nil: the cloud lets it be
 	released chan struct{} // closed when the pod VM was given back, or word was left
 }
 
@@ -282,6 +286,7 @@ func (s *Sandbox) connect(ctx context.Context, spc *specs.Spec, h Hypervisor, so
 	s.wg.Go(func() { s.watchOOM(conn) })
 	s.wg.Go(func() { s.keepTime(conn, first) })
 	s.wg.Go(func() { s.forwardPorts(spc, conn, d.GetAgentDetails().GetExtraFeatures()) })
+	s.wg.Go(func() { s.watchNotices(conn, features) })
 	s.wg.Go(func() {
 		select {
 		case <-conn.Dead():

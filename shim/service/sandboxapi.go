@@ -109,7 +109,7 @@ func (s *Service) CreateSandbox(_ context.Context, r *sandboxpb.CreateSandboxReq
 		return nil, err
 	}
 	p := &pod{spec: spc, files: files, cfg: cfg, bundle: r.BundlePath, done: make(chan struct{}), created: time.Now()}
-	p.sandbox = sandbox.New(sandbox.Config{ID: r.SandboxId, Bundle: r.BundlePath, OOM: s.oom, Stopped: p.stopped})
+	p.sandbox = sandbox.New(sandbox.Config{ID: r.SandboxId, Bundle: r.BundlePath, OOM: s.oom, Taken: s.taken, Stopped: p.stopped})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sandbox != nil {

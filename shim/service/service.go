@@ -136,7 +136,7 @@ func (s *Service) reserve(id, sandboxID, bundle string, role spec.Role) (*sandbo
 		if s.sandbox != nil {
 			return nil, fmt.Errorf("this shim serves sandbox %s: %w", s.sandbox.ID(), errdefs.ErrAlreadyExists)
 		}
-		s.sandbox = sandbox.New(sandbox.Config{ID: id, Bundle: bundle, OOM: s.oom})
+		s.sandbox = sandbox.New(sandbox.Config{ID: id, Bundle: bundle, OOM: s.oom, Taken: s.taken})
 		s.sandboxCtr = id
 	}
 	s.containers[id] = nil
@@ -189,6 +189,14 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, err
+	}
+	if r.ExecID == "" {
+		s.mu.Lock()
+		sb := s.sandbox
+		s.mu.Unlock()
+		if err := sb.Taken(); err != nil {
+			return nil, err
+		}
 	}
 	if err := c.Start(ctx, r.ExecID); err != nil {
 		return nil, err
