@@ -115,7 +115,7 @@ func (c *client) try(r *http.Request) (answer, error) {
 
 // versions are what each provider's requests are sent with.
 func versionFor(path string) string {
-	p := strings.ToLower(path)
+	p, _, _ := strings.Cut(strings.ToLower(path), "?")
 	switch {
 	case strings.Contains(p, "/galleries") || strings.Contains(p, "sharedgalleries") || strings.Contains(p, "communitygalleries"):
 		return galleryVersions[0]

@@ -57,6 +57,12 @@ type Config struct {
 
 	// Now is the clock. nil: time.Now.
 	Now func() time.Time
+	// ReportTimeout, above 0, makes a creation with an osProfile wait for the guest's
+	// report to the wire server (see Metadata): without one it fails after that time
+	// with OSProvisioningTimedOut, while the machine runs. 0: nobody waits. On Azure
+	// the time is some 20 minutes (learn.microsoft.com, "Creating generalized images
+	// without a provisioning agent").
+	ReportTimeout time.Duration
 	// Host makes the machines behind instances. nil: they are on paper only.
 	Host emulation.Host
 	// Dir is a folder for uploaded disks. "": the system's temporary folder. Close

@@ -21,11 +21,13 @@
 //	machine ends          PowerState/running -> PowerState/stopped
 //	spot eviction         notice in scheduled events, then deallocated or deleted (evictionPolicy)
 //
-// What it does not do: it does not wait for the guest's report to the wire server
-// (168.63.129.16), neither with provisionVMAgent nor without. The real service ends a
-// creation with OSProvisioningTimedOut when a machine with an osProfile never reports
-// ready; here a machine is provisioned when it has been started and Timing.Create is
-// over. Its error texts follow documentation and published logs and are no contract.
+// A machine with an osProfile reports to the wire server that it is ready, on Azure;
+// one that never does ends its creation with OSProvisioningTimedOut, whatever
+// provisionVMAgent says. Here nobody waits for the report unless Config.ReportTimeout
+// says so; a machine is provisioned when it has been started and Timing.Create is over.
+//
+// The real service's error texts are no contract; these follow documentation and
+// published logs.
 //
 // Sources: Azure/azure-rest-api-specs (Microsoft.Compute 2026-04-01, DiskRP 2026-03-02,
 // GalleryRP 2025-12-03, SkusRP 2021-07-01, Microsoft.Network 2025-05-01) and

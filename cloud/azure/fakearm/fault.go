@@ -120,6 +120,9 @@ func (f *Fault) err() *apiError {
 	return e
 }
 
+// provisioningTimedOut is the one failure of a creation that leaves a running machine.
+const provisioningTimedOut = "OSProvisioningTimedOut"
+
 // failures are the codes that a creation is known to fail with, their status when the
 // PUT itself is refused, and their words (published logs; learn.microsoft.com,
 // "Troubleshoot allocation failures", "Resolve errors for SKU not available").
@@ -141,7 +144,7 @@ var failures = map[string]struct {
 	"OperationNotAllowed": {http.StatusConflict, "Operation could not be completed as it results in exceeding approved standardDASv5Family Cores quota. " +
 		"Submit a request for Quota increase at https://aka.ms/ProdportalCRP."},
 	"SubnetIsFull":                     {http.StatusBadRequest, "Subnet with address prefix does not have enough capacity for 1 IP addresses."},
-	"OSProvisioningTimedOut":           {http.StatusConflict, "OS Provisioning for VM did not finish in the allotted time. The VM may still finish provisioning successfully. Please check provisioning state later."},
+	provisioningTimedOut:               {http.StatusConflict, "OS Provisioning for VM did not finish in the allotted time. The VM may still finish provisioning successfully. Please check provisioning state later."},
 	"VMStartTimedOut":                  {http.StatusConflict, "VM did not start in the allotted time. The VM may still start successfully. Please check the power state later."},
 	"InternalExecutionError":           {http.StatusInternalServerError, "An internal execution error occurred. Please retry later."},
 	"NetworkingInternalOperationError": {http.StatusConflict, "Unknown network allocation error."},

@@ -39,7 +39,8 @@ type metadata struct {
 
 // Metadata is the instance metadata service of a virtual machine, by resource id: what
 // answers on 169.254.169.254 for it. It answers 404 to everything when the machine is
-// gone. It takes five requests a second, as the real one. Source: learn.microsoft.com,
+// gone. It takes five requests a second, as the real one. It is the wire server too, for
+// requests to that host (WireServerAddr). Source: learn.microsoft.com,
 // "Azure Instance Metadata Service for virtual machines", "Scheduled Events for Linux
 // VMs".
 func (s *Server) Metadata(vmID string) http.Handler {
@@ -52,6 +53,10 @@ func (m *metadata) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.mu.Unlock()
 	now := s.cfg.Now()
 	s.catchUp(now)
+	if host, _, _ := strings.Cut(r.Host, ":"); host == WireServerAddr {
+		m.wireServer(w, r, now)
+		return
+	}
 	status, body := m.answer(r, now)
 	if text, ok := body.(string); ok {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
@@ -120,7 +125,7 @@ func (m *metadata) instance(r *http.Request, vm *resource, names []string) (int,
 		return badVersion(v, imdsVersions)
 	}
 	var doc any = m.s.instanceDocument(vm, hasUserData)
-	for _, n := range names[1:] {
+	for _, n := range names {
 		switch d := doc.(type) {
 		case map[string]any:
 			sub, ok := d[n]

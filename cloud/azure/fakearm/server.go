@@ -191,6 +191,9 @@ func conflict(code, target, format string, args ...any) *apiError {
 // maxBody is what ARM takes (4 MiB), and a page blob's largest write.
 const maxBody = 4 << 20
 
+// maxRequests is how many are kept for Requests.
+const maxRequests = 100_000
+
 // ServeHTTP answers for the login endpoint, the resource manager, page blobs and the
 // managed-identity endpoint; their paths do not overlap.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -200,12 +203,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := &call{s: s, r: r, raw: raw}
-	s.mu.Lock()
-	c.now = s.cfg.Now()
-	s.catchUp(c.now)
-	s.requests = append(s.requests, r.Method+" "+r.URL.Path)
-	rep, fail := s.route(c)
-	s.mu.Unlock()
+	rep, fail := s.answer(c)
 	if c.fault != nil && c.fault.Never {
 		<-r.Context().Done()
 		panic(http.ErrAbortHandler)
@@ -221,6 +219,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.cfg.Log.Debug("request", "method", r.Method, "path", r.URL.Path, "status", rep.status)
 	c.write(w, rep)
+}
+
+func (s *Server) answer(c *call) (*reply, *apiError) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.now = s.cfg.Now()
+	s.catchUp(c.now)
+	if s.requests = append(s.requests, c.r.Method+" "+c.r.URL.Path); len(s.requests) > maxRequests {
+		s.requests = s.requests[len(s.requests)-maxRequests/2:]
+	}
+	return s.route(c)
 }
 
 // write sends a reply, or what a fault makes of it.
@@ -304,7 +313,8 @@ func newUUID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// Requests returns the method and path of every request so far.
+// Requests returns the method and path of every request so far, at least of the last
+// 50,000.
 func (s *Server) Requests() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

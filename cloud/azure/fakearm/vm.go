@@ -4,6 +4,8 @@ package fakearm
 
 import (
 	"fmt"
+	"hash/fnv"
+	"maps"
 	"net/http"
 	"strings"
 	"time"
@@ -31,7 +33,8 @@ type machine struct {
 
 	events      []scheduledEvent
 	incarnation int
-	held        *pool // whose capacity it holds
+	reported    func(now time.Time) // the guest's report of being ready; nil: nobody waits for it
+	held        *pool               // whose capacity it holds
 }
 
 func (m *machine) ephemeral() bool {
@@ -40,8 +43,8 @@ func (m *machine) ephemeral() bool {
 
 // putVM creates or updates a virtual machine.
 func (s *Server) putVM(c *call, old *resource) (*reply, *apiError) {
-	if c.r.Header.Get("If-None-Match") == "*" && old != nil {
-		return nil, &apiError{status: http.StatusPreconditionFailed, code: "PreconditionFailed", message: "The resource exists, and the condition If-None-Match: * says that it must not."}
+	if none, match := c.r.Header.Get("If-None-Match"), c.r.Header.Get("If-Match"); none == "*" && old != nil || match != "" && (old == nil || match != "*" && match != etag(old)) {
+		return nil, &apiError{status: http.StatusPreconditionFailed, code: "PreconditionFailed", message: "The condition of If-None-Match or If-Match is not met by the resource as it is."}
 	}
 	if old != nil {
 		switch state := text(old.doc, "properties.provisioningState"); {
@@ -75,15 +78,17 @@ func (s *Server) putVM(c *call, old *resource) (*reply, *apiError) {
 	m.userData, m.customData = text(c.body, "properties.userData"), text(c.body, "properties.osProfile.customData")
 	m.failure = nil
 	vm.doc = s.vmDocument(c, vm)
+	before := maps.Clone(s.resources)
+	if old == nil {
+		delete(before, key(vm.id))
+	}
 	if err := s.makeParts(c, vm); err != nil {
-		if old == nil {
-			delete(s.resources, key(vm.id))
-		}
+		s.resources = before
 		return nil, err
 	}
 	if c.fault != nil && c.fault.Leave {
 		delete(s.resources, key(vm.id))
-		s.orphan(c.now, m)
+		s.orphan(c.now, vm)
 		return nil, c.fault.err()
 	}
 	return s.create(c, vm)
@@ -109,7 +114,8 @@ func (s *Server) create(c *call, vm *resource) (*reply, *apiError) {
 		put(vm.doc, "properties.provisioningState", "Succeeded")
 		return nil
 	})
-	if full == nil && !(c.fault != nil && c.fault.AtEnd) {
+	if full == nil && !(c.fault != nil && c.fault.AtEnd && c.fault.Code != provisioningTimedOut) {
+		s.awaitReport(c.now, vm, op)
 		op.waits++
 		m.power = "starting"
 		s.after(c.now.Add(s.cfg.Timing.Start), func(now time.Time) {
@@ -127,6 +133,9 @@ func (s *Server) failVM(now time.Time, vm *resource, err *apiError) {
 	m := vm.vm
 	put(vm.doc, "properties.provisioningState", "Failed")
 	m.failure, m.failedAt = err, now
+	if err.code == provisioningTimedOut {
+		return // the machine runs
+	}
 	m.power = ""
 	s.release(m)
 	for _, k := range m.nics {
@@ -137,14 +146,14 @@ func (s *Server) failVM(now time.Time, vm *resource, err *apiError) {
 }
 
 // orphan leaves the parts of a machine without it.
-func (s *Server) orphan(now time.Time, m *machine) {
-	for _, k := range m.nics {
+func (s *Server) orphan(now time.Time, vm *resource) {
+	for _, k := range vm.vm.nics {
 		if nic := s.resources[k]; nic != nil {
-			nic.nic.reserved, nic.nic.by = now.Add(s.cfg.Timing.Reserve), text(nic.doc, "properties.virtualMachine.id")
 			drop(nic.doc, "properties.virtualMachine")
+			nic.nic.reserved, nic.nic.by = now.Add(s.cfg.Timing.Reserve), vm.id
 		}
 	}
-	for _, k := range m.disks {
+	for _, k := range vm.vm.disks {
 		if d := s.resources[k]; d != nil {
 			s.detachDisk(d)
 		}
@@ -282,9 +291,16 @@ func (s *Server) removeVM(now time.Time, vm *resource) {
 	}
 }
 
+// etag changes with what a machine is made of.
+func etag(vm *resource) string {
+	h := fnv.New64a()
+	fmt.Fprint(h, vm.vm.uuid, vm.doc)
+	return fmt.Sprintf(`"%x"`, h.Sum64())
+}
+
 // viewVM adds to a machine's document what the request asks for.
 func (s *Server) viewVM(c *call, vm *resource, doc map[string]any) {
-	doc["etag"] = `"` + fmt.Sprint(vm.made.Unix()) + `"`
+	doc["etag"] = etag(vm)
 	for _, e := range strings.Split(c.query("$expand"), ",") {
 		switch strings.ToLower(strings.TrimSpace(e)) {
 		case "instanceview":

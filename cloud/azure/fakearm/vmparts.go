@@ -35,7 +35,7 @@ func (s *Server) vmDocument(c *call, vm *resource) map[string]any {
 }
 
 // makeParts makes what a machine needs and does not have yet: interfaces with their
-// addresses, and disks.
+// addresses, and disks. After an error the caller puts back what there was.
 func (s *Server) makeParts(c *call, vm *resource) *apiError {
 	m := vm.vm
 	m.nics, m.disks = nil, nil
@@ -43,7 +43,6 @@ func (s *Server) makeParts(c *call, vm *resource) *apiError {
 	for i, n := range list(vm.doc, "properties.networkProfile.networkInterfaceConfigurations") {
 		nic, err := s.inlineNIC(c, vm, n.(map[string]any))
 		if err != nil {
-			s.orphan(c.now, m)
 			return err
 		}
 		m.nics = append(m.nics, key(nic.id))
