@@ -10,6 +10,7 @@ import (
 )
 
 // TestStrict: each of these would be refused by the real service, or might be.
+// Long: it is a table.
 func TestStrict(t *testing.T) {
 	c := start(t, Config{Images: []Image{
 		{ID: Config{}.ImageID("", "", "1.0.0"), SecurityType: "TrustedLaunchAndConfidentialVmSupported", SizeGB: 4},
