@@ -78,6 +78,7 @@ type Cloud struct {
 	server   *http.Server
 	served   chan error
 	asked    atomic.Int64 // requests to the metadata service
+	ready    atomic.Int64 // reports to the wire server
 	started  atomic.Int64 // machines
 }
 
@@ -104,9 +105,9 @@ var kinds = map[string]kind{
 		c.MTU, c.NVMe = 9001, true
 	}},
 	"azure": {new: newAzure, tls: true, host: func(c *machines.Config) {
-		// What Azure's DHCP routes besides the default: its agents' wire server and
-		// the metadata service ("What is IP address 168.63.129.16?").
-		c.Routes = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.PrefixFrom(emulation.MetadataAddr, 32)}
+		// What Azure's DHCP routes besides the default.
+		c.Routes = []netip.Prefix{netip.PrefixFrom(WireServer, 32), netip.PrefixFrom(emulation.MetadataAddr, 32)}
+		c.Services = []netip.Addr{WireServer}
 	}},
 }
 
@@ -193,6 +194,9 @@ func (c *Cloud) Leaks() error { return c.emulated.leaks() }
 // MetadataRequests is how many requests the metadata service has had.
 func (c *Cloud) MetadataRequests() int64 { return c.asked.Load() }
 
+// Ready is how many reports of machines that they are ready Azure's wire server has had.
+func (c *Cloud) Ready() int64 { return c.ready.Load() }
+
 // leftIn makes an error of what is left in a cloud.
 func leftIn(left []string) error {
 	if len(left) == 0 {
@@ -231,7 +235,12 @@ type counting struct {
 func (h counting) Start(ctx context.Context, m emulation.Machine) error {
 	h.cloud.started.Add(1)
 	if inner := m.Metadata; inner != nil {
+		wire := wireServer{machine: m.ID, ready: func() { h.cloud.ready.Add(1) }}
 		m.Metadata = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if h.cloud.cfg.Provider == "azure" && r.Host == WireServer.String() {
+				wire.ServeHTTP(w, r)
+				return
+			}
 			h.cloud.asked.Add(1)
 			inner.ServeHTTP(w, r)
 		})

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-remote/kata-remote/cloud/emulation"
+	"github.com/kata-remote/kata-remote/test/cloudbed"
 )
 
 // Capture counts, by kind, what passes a device of the node.
@@ -153,6 +154,9 @@ func classify(f []byte) (kind, string) {
 	return kindOther, fmt.Sprintf("EtherType %#04x, %d bytes", binary.BigEndian.Uint16(f[12:]), len(f))
 }
 
+// ofCloud tells the addresses at which clouds listen to their machines.
+func ofCloud(a netip.Addr) bool { return a == emulation.MetadataAddr || a == cloudbed.WireServer }
+
 func transport(proto byte, p []byte, src, dst netip.Addr) (kind, string) {
 	if len(p) >= 4 {
 		sport, dport := binary.BigEndian.Uint16(p), binary.BigEndian.Uint16(p[2:])
@@ -162,7 +166,7 @@ func transport(proto byte, p []byte, src, dst netip.Addr) (kind, string) {
 			return kindTunnel, what
 		case proto == unix.IPPROTO_TCP && (sport == ForwarderPort || dport == ForwarderPort):
 			return kindAgent, what
-		case proto == unix.IPPROTO_TCP && (src == emulation.MetadataAddr && sport == 80 || dst == emulation.MetadataAddr && dport == 80),
+		case proto == unix.IPPROTO_TCP && (sport == 80 && ofCloud(src) || dport == 80 && ofCloud(dst)),
 			proto == unix.IPPROTO_UDP && (sport == dhcpServer && dport == dhcpClient || sport == dhcpClient && dport == dhcpServer):
 			return kindCloud, what
 		}

@@ -47,6 +47,9 @@ type Config struct {
 	Uplink bool
 	// Routes through the gateway are what DHCP tells beside the default one (RFC 3442).
 	Routes []netip.Prefix
+	// Services are further addresses of the cloud's at whose port 80 a machine's Metadata
+	// answers, such as Azure's wire server.
+	Services []netip.Addr
 	// Accel is how machines run. Default: local.AccelTCG, which works everywhere.
 	Accel local.Accel
 	// NVMe makes the disk of a machine that has one an NVMe drive; otherwise it is a

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/kata-remote/kata-remote/cloud/emulation"
 )
 
 // metadataServer answers at the address of metadata services, each machine by its own
@@ -28,13 +26,13 @@ type metadataServer struct {
 // guest that asks, and may be anybody.
 const headerTimeout = 30 * time.Second
 
-func serveMetadata(n *network) (*metadataServer, error) {
+func serveMetadata(n *network, at netip.Addr) (*metadataServer, error) {
 	// One hop and no further, both ways: whoever is behind the machine, such as a
 	// container with a network of its own, gets no answer (EC2's hop limit of 1).
 	lc := net.ListenConfig{Control: onDevice(n.cfg.Bridge, [2]int{unix.IP_TTL, 1}, [2]int{unix.SO_REUSEADDR, 1})}
-	l, err := lc.Listen(context.Background(), "tcp4", netip.AddrPortFrom(emulation.MetadataAddr, 80).String())
+	l, err := lc.Listen(context.Background(), "tcp4", netip.AddrPortFrom(at, 80).String())
 	if err != nil {
-		return nil, fmt.Errorf("metadata service on %s: %w", n.cfg.Bridge, err)
+		return nil, fmt.Errorf("metadata service at %v on %s: %w", at, n.cfg.Bridge, err)
 	}
 	s := &metadataServer{served: make(chan error, 1), server: &http.Server{
 		ReadHeaderTimeout: headerTimeout,

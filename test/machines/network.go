@@ -23,7 +23,7 @@ type network struct {
 	cfg    Config
 	bridge netlink.Link
 	dhcp   *net.UDPConn
-	meta   *metadataServer
+	meta   []*metadataServer
 	served sync.WaitGroup
 
 	mu     sync.Mutex
@@ -56,7 +56,12 @@ func newNetwork(cfg Config) (_ *network, err error) {
 			err = errors.Join(err, n.close())
 		}
 	}()
-	for _, p := range []netip.Prefix{cfg.Network, netip.PrefixFrom(emulation.MetadataAddr, emulation.MetadataAddr.BitLen())} {
+	services := append([]netip.Addr{emulation.MetadataAddr}, cfg.Services...)
+	addrs := []netip.Prefix{cfg.Network}
+	for _, a := range services {
+		addrs = append(addrs, netip.PrefixFrom(a, a.BitLen()))
+	}
+	for _, p := range addrs {
 		if err := netlink.AddrAdd(n.bridge, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
 			return nil, fmt.Errorf("give bridge %s the address %v: %w", cfg.Bridge, p, err)
 		}
@@ -73,8 +78,12 @@ func newNetwork(cfg Config) (_ *network, err error) {
 		return nil, err
 	}
 	n.served.Go(n.serveDHCP)
-	if n.meta, err = serveMetadata(n); err != nil {
-		return nil, err
+	for _, a := range services {
+		m, err := serveMetadata(n, a)
+		if err != nil {
+			return nil, err
+		}
+		n.meta = append(n.meta, m)
 	}
 	return n, nil
 }
@@ -83,8 +92,8 @@ func newNetwork(cfg Config) (_ *network, err error) {
 // go.
 func (n *network) close() error {
 	var errs []error
-	if n.meta != nil {
-		errs = append(errs, n.meta.close())
+	for _, m := range n.meta {
+		errs = append(errs, m.close())
 	}
 	if n.dhcp != nil {
 		errs = append(errs, n.dhcp.Close())

@@ -38,8 +38,11 @@ const patience = time.Minute
 
 func testConfig(t *testing.T) Config {
 	return Config{Network: netip.MustParsePrefix("10.77.0.1/24"), Dir: t.TempDir(), MTU: 9001, Uplink: true,
-		Routes: []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32")}}
+		Routes: []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32")}, Services: []netip.Addr{wireServer}}
 }
+
+// wireServer is Azure's.
+var wireServer = netip.MustParseAddr("168.63.129.16")
 
 func newTestHost(t *testing.T, cfg Config) *Host {
 	t.Helper()
@@ -125,7 +128,10 @@ func (c client) dhcp(options ...nclient4.ClientOpt) *nclient4.Client {
 }
 
 // get asks the metadata service.
-func (c client) get(path string) (string, error) {
+func (c client) get(path string) (string, error) { return c.getFrom(emulation.MetadataAddr, path) }
+
+// getFrom asks another service.
+func (c client) getFrom(service netip.Addr, path string) (string, error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
 	defer cancel()
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, addr string) (conn net.Conn, err error) {
@@ -135,7 +141,7 @@ func (c client) get(path string) (string, error) {
 		})
 		return conn, err
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+emulation.MetadataAddr.String()+path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+service.String()+path, nil)
 	if err != nil {
 		return "", err
 	}
@@ -189,6 +195,9 @@ func TestNetwork(t *testing.T) {
 	}
 	if got, err := guest.get("/path"); err != nil || got != "first /path" {
 		t.Errorf("its metadata: %q, %v", got, err)
+	}
+	if got, err := guest.getFrom(wireServer, "/machine"); err != nil || got != "first /machine" {
+		t.Errorf("another service: %q, %v", got, err)
 	}
 	t.Run("another address than its own is refused", func(t *testing.T) {
 		d := guest.dhcp()
