@@ -87,8 +87,8 @@ func newClient(c Config) (*client, error) {
 				http.StatusServiceUnavailable, http.StatusGatewayTimeout},
 		},
 	}
-	cred := &credential{reload: reload, options: options, private: !known}
 	arm := &client{throttle: newThrottle(), connect: func() (runtime.Pipeline, error) {
+		cred := &credential{reload: reload, options: options, private: !known} // with no token yet
 		return armruntime.NewPipeline("peerpod", "v1", cred, runtime.PipelineOptions{}, &armpolicy.ClientOptions{
 			ClientOptions: options,
 			// Registering a resource provider is the subscription owner's to do; the

@@ -3,8 +3,10 @@
 package azure
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"strings"
@@ -120,7 +122,8 @@ func cloudOf(c Config) (conf cloud.Configuration, known bool, err error) {
 }
 
 // plainHTTP sends what is meant for some hosts over HTTP. The SDK refuses to speak to
-// an authority over HTTP even where checkURL has found it safe.
+// an authority over HTTP even where checkURL has found it safe, and wants one to call
+// itself as it is called.
 type plainHTTP struct {
 	next  policy.Transporter
 	hosts map[string]bool
@@ -128,12 +131,29 @@ type plainHTTP struct {
 
 // Do implements policy.Transporter.
 func (p plainHTTP) Do(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme == "https" && p.hosts[req.URL.Host] {
-		req = req.Clone(req.Context())
-		req.URL.Scheme = "http"
+	host := req.URL.Host
+	if req.URL.Scheme != "https" || !p.hosts[host] {
+		return p.next.Do(req)
 	}
-	return p.next.Do(req)
+	req = req.Clone(req.Context())
+	req.URL.Scheme = "http"
+	resp, err := p.next.Do(req)
+	if err != nil || !strings.HasSuffix(req.URL.Path, "/.well-known/openid-configuration") {
+		return resp, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxDiscovery))
+	if err != nil {
+		return nil, err
+	}
+	body = bytes.ReplaceAll(body, []byte("http://"+host), []byte("https://"+host))
+	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	resp.Header.Del("Content-Length")
+	return resp, nil
 }
+
+// maxDiscovery is far more than an authority says of itself.
+const maxDiscovery = 1 << 20
 
 // overHTTP rewrites the URLs of a configuration to https and returns a transport that
 // undoes it on the wire.

@@ -334,9 +334,7 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	vms, err := list[vmView](ctx, p.arm, call{
-		path: p.place.path() + "/providers/Microsoft.Compute/virtualMachines", version: apiVM, counts: subject{family: familyList},
-	})
+	vms, err := p.getVMs(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -384,6 +382,13 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
 	return out, nil
+}
+
+// getVMs lists the VMs of the resource group, without their instance views.
+func (p *Provider) getVMs(ctx context.Context) ([]vmView, error) {
+	return list[vmView](ctx, p.arm, call{
+		path: p.place.path() + "/providers/Microsoft.Compute/virtualMachines", version: apiVM, counts: subject{family: familyList},
+	})
 }
 
 // instance is the name of the VM that a part belongs to; "": it is not ours, whatever
