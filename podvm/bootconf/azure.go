@@ -11,10 +11,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/podvm/metadata"
+	"golang.org/x/sys/unix"
 )
 
 // AzureService reads userData from Azure's instance metadata service.
@@ -81,15 +83,34 @@ const ovfFile = "ovf-env.xml"
 // Name says what the source is.
 func (AzureCD) Name() string { return "Azure provisioning CD" }
 
-// Seed finds the CD and reads it. NotFound: there is none, or it has no custom data.
+// Seed finds the CD and reads it. NotFound: there is none, or it has no custom data. The
+// CD is ejected then, as Azure's own agent does: its content is secret, and no service
+// shows it again.
 func (a AzureCD) Seed(ctx context.Context) (*Seed, error) {
-	return a.find(ctx, "no disk with the file "+ovfFile, func(f io.ReaderAt) (*Seed, error) {
+	return a.find(ctx, "no disk with the file "+ovfFile, func(f *os.File) (*Seed, error) {
 		doc, err := readVolumeFile(f, ovfFile)
 		if doc == nil || err != nil {
 			return nil, err
 		}
-		return parseOVF(doc)
+		s, err := parseOVF(doc)
+		if err == nil {
+			eject(f)
+		}
+		return s, err
 	})
+}
+
+const (
+	cdromEject    = 0x5309 // CDROMEJECT, linux/cdrom.h
+	cdromLockDoor = 0x5329 // CDROM_LOCKDOOR
+)
+
+// eject opens the drive's tray. What is no such drive stays as it is: an emulation may
+// have the content on a disk.
+func eject(f *os.File) {
+	if unix.IoctlSetInt(int(f.Fd()), cdromLockDoor, 0) == nil { // opening a drive locks it
+		_ = unix.IoctlSetInt(int(f.Fd()), cdromEject, 0)
+	}
 }
 
 // readVolumeFile reads a file in the root directory of a UDF or ISO 9660 file system. nil:

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,7 +36,7 @@ type Disks struct {
 
 // find looks for the disk from which read makes a seed; it returns nil for one that is
 // not meant. NotFound says what is missing, and which disks there are.
-func (d Disks) find(ctx context.Context, missing string, read func(io.ReaderAt) (*Seed, error)) (*Seed, error) {
+func (d Disks) find(ctx context.Context, missing string, read func(*os.File) (*Seed, error)) (*Seed, error) {
 	if d.Sys == "" {
 		d.Sys = "/sys/block"
 	}
@@ -68,7 +67,7 @@ func (d Disks) find(ctx context.Context, missing string, read func(io.ReaderAt) 
 }
 
 // look reads the first disk that is meant, and returns the names of all disks.
-func (d Disks) look(read func(io.ReaderAt) (*Seed, error)) (seed *Seed, seen []string, err error) {
+func (d Disks) look(read func(*os.File) (*Seed, error)) (seed *Seed, seen []string, err error) {
 	for _, pattern := range diskPatterns {
 		found, err := filepath.Glob(filepath.Join(d.Sys, pattern))
 		if err != nil {
@@ -91,7 +90,7 @@ func (d Disks) look(read func(io.ReaderAt) (*Seed, error)) (seed *Seed, seen []s
 }
 
 // readDisk reads a seed; nil when the disk is none.
-func readDisk(path string, read func(io.ReaderAt) (*Seed, error)) (*Seed, error) {
+func readDisk(path string, read func(*os.File) (*Seed, error)) (*Seed, error) {
 	f, err := openDisk(path)
 	if f == nil || err != nil {
 		return nil, err

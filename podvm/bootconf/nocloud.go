@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 	"strings"
 )
 
@@ -23,7 +24,7 @@ func (NoCloud) Name() string { return "NoCloud disk" }
 
 // Seed finds the disk and reads it. NotFound: no disk has the label.
 func (n NoCloud) Seed(ctx context.Context) (*Seed, error) {
-	return n.find(ctx, "no disk with label "+Label, readNoCloud)
+	return n.find(ctx, "no disk with label "+Label, func(f *os.File) (*Seed, error) { return readNoCloud(f) })
 }
 
 // readNoCloud reads a seed; nil when the disk is none.

@@ -14,10 +14,12 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/kata-remote/kata-remote/agent-protocol/podvmconfig"
 	"github.com/kata-remote/kata-remote/netns"
 	"github.com/kata-remote/kata-remote/netns/nstest"
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
+	"github.com/kata-remote/kata-remote/podvm/dhcp/dhcptest"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -190,8 +192,9 @@ func TestConfigureLinksRefuses(t *testing.T) {
 	}
 }
 
-// ensured is a VM with the pod's networks, and the namespace of the pod in it.
-func ensured(t *testing.T) (vm, node, pod *nstest.NS) {
+// ensured is a VM with the pod's networks, and the namespace of the pod in it. The VM's own
+// interface is configured as documents say, or by DHCP.
+func ensured(t *testing.T, leased bool) (vm, node, pod *nstest.NS) {
 	t.Helper()
 	vm, node, e := machine(t)
 	path := filepath.Join(t.TempDir(), "podns")
@@ -201,7 +204,19 @@ func ensured(t *testing.T) (vm, node, pod *nstest.NS) {
 		}
 	})
 	vm.Do(UpLoopback)
-	vm.Do(func() error { return ConfigureLinks(context.Background(), []bootconf.Ethernet{e}) })
+	if leased {
+		server := netip.MustParseAddr("192.168.213.1")
+		node.Addr("tap0", "192.168.213.1/24")
+		serveDHCP(t, node, "tap0", dhcptest.Config{
+			Addr: netip.MustParseAddr("192.168.213.5"), Server: server,
+			Options: []dhcpv4.Option{dhcpv4.OptSubnetMask(net.CIDRMask(24, 32)), dhcpv4.OptRouter(server.AsSlice())},
+		})
+		if _, err := acquireIn(vm, fakeSys(t, map[string]string{"ens3": "virtio_net"})); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		vm.Do(func() error { return ConfigureLinks(context.Background(), []bootconf.Ethernet{e}) })
+	}
 	for range 2 {
 		vm.Do(func() error { return Ensure(context.Background(), path, podConfig()) })
 	}
@@ -209,7 +224,7 @@ func ensured(t *testing.T) (vm, node, pod *nstest.NS) {
 }
 
 func TestEnsure(t *testing.T) {
-	_, _, pod := ensured(t)
+	_, _, pod := ensured(t, false)
 	for _, want := range []struct {
 		dev, mac, addr string
 		vni, mtu       int
@@ -247,7 +262,12 @@ func TestEnsure(t *testing.T) {
 // the VM itself reaches over its own interface, a metadata service for one, the pod
 // does not, whatever route it makes.
 func TestPodIsApart(t *testing.T) {
-	vm, cloud, pod := ensured(t)
+	t.Run("as documents say", func(t *testing.T) { testPodIsApart(t, false) })
+	t.Run("by DHCP", func(t *testing.T) { testPodIsApart(t, true) })
+}
+
+func testPodIsApart(t *testing.T, leased bool) {
+	vm, cloud, pod := ensured(t, leased)
 	links, err := pod.Handle.LinkList()
 	if err != nil {
 		t.Fatal(err)
@@ -259,7 +279,10 @@ func TestPodIsApart(t *testing.T) {
 		}
 	}
 	// At the other end of the VM's interface there is a metadata service.
-	cloud.Addr("tap0", "192.168.213.1/24", "169.254.169.254/32")
+	cloud.Addr("tap0", "169.254.169.254/32")
+	if !leased {
+		cloud.Addr("tap0", "192.168.213.1/24")
+	}
 	var asked atomic.Int32
 	var service net.Listener
 	cloud.Do(func() (err error) {

@@ -64,16 +64,16 @@ func (p *Primary) Keep(ctx context.Context, log *slog.Logger) {
 	p.client.Keep(ctx, p.lease, func(l *dhcp.Lease) {
 		old := p.lease
 		p.lease = l
+		if old.Addr != l.Addr {
+			log.Error("the cloud gave this machine another address: the adaptor knows it under the old one", "old", old.Addr, "new", l.Addr)
+			// First, because with an address go those that were added after it in the same
+			// network (net.ipv4.conf.*.promote_secondaries).
+			if err := netlink.AddrDel(p.link, &netlink.Addr{IPNet: ipNet(old.Addr)}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+				log.Error("remove the old address", logkey.Error, err.Error())
+			}
+		}
 		if err := configureLease(p.link, l); err != nil {
 			log.Error("the renewed DHCP lease cannot be set", logkey.Error, err.Error())
-			return
-		}
-		if old.Addr == l.Addr {
-			return
-		}
-		log.Error("the cloud gave this machine another address: the adaptor knows it under the old one", "old", old.Addr, "new", l.Addr)
-		if err := netlink.AddrDel(p.link, &netlink.Addr{IPNet: ipNet(old.Addr)}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			log.Error("remove the old address", logkey.Error, err.Error())
 		}
 	})
 }

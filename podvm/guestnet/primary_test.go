@@ -4,11 +4,13 @@ package guestnet
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -65,7 +67,7 @@ func routesOf(t *testing.T, ns *nstest.NS, dev string) []string {
 	return out
 }
 
-// inside runs f on a thread in the namespace: sockets that it opens are there.
+// acquireIn is acquirePrimary in a namespace, whose sockets are there.
 func acquireIn(ns *nstest.NS, sys string) (p *Primary, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -179,5 +181,77 @@ func TestPrimaryLink(t *testing.T) {
 	})
 	if err == nil {
 		t.Error("took an interface that is none of a device")
+	}
+}
+
+// TestKeep: a lease is renewed on real sockets, and what the server changes is set: the
+// MTU, and then the address.
+func TestKeep(t *testing.T) {
+	vm, cloud := nstest.New(t, "vm"), nstest.New(t, "cloud")
+	cloud.Veth("tap0", vm, "ens5")
+	cloud.Addr("tap0", "10.0.0.1/24")
+	var address atomic.Value
+	address.Store(net.IP{10, 0, 0, 5})
+	serveDHCP(t, cloud, "tap0", dhcptest.Config{
+		Addr: netip.MustParseAddr("10.0.0.5"), Server: netip.MustParseAddr("10.0.0.1"),
+		Options: []dhcpv4.Option{dhcpv4.OptSubnetMask(net.CIDRMask(24, 32)), dhcpv4.OptRouter(net.IP{10, 0, 0, 1}), dhcpv4.OptIPAddressLeaseTime(2 * time.Second)},
+		Reply: func(n int, request, reply *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
+			reply.YourIPAddr = address.Load().(net.IP)
+			if !request.ClientIPAddr.IsUnspecified() {
+				if !request.ClientIPAddr.Equal(reply.YourIPAddr) {
+					reply.UpdateOption(dhcpv4.OptMessageType(dhcpv4.MessageTypeNak))
+				}
+				reply.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{0x05, 0x78})) // 1400
+			}
+			return reply
+		},
+	})
+	p, err := acquireIn(vm, fakeSys(t, map[string]string{"ens5": "ena"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- vm.Try(func() error {
+			p.Keep(ctx, slog.New(slog.DiscardHandler))
+			return nil
+		})
+	}()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	until := func(what string, f func() bool) {
+		t.Helper()
+		deadline := time.After(time.Minute)
+		for tick := time.NewTicker(20 * time.Millisecond); !f(); {
+			select {
+			case <-tick.C:
+			case <-deadline:
+				t.Fatal("no " + what)
+			}
+		}
+	}
+	addrs := func() (out []string) {
+		list, err := vm.Handle.AddrList(vm.Link("ens5"), unix.AF_INET)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range list {
+			out = append(out, a.IPNet.String())
+		}
+		return out
+	}
+	until("renewed lease", func() bool { return vm.Link("ens5").Attrs().MTU == 1400 })
+	if got := addrs(); !slices.Equal(got, []string{"10.0.0.5/24"}) {
+		t.Errorf("addresses %q", got)
+	}
+	address.Store(net.IP{10, 0, 0, 6})
+	until("new address", func() bool { return slices.Equal(addrs(), []string{"10.0.0.6/24"}) })
+	if got := routesOf(t, vm, "ens5"); !slices.Equal(got, []string{"0.0.0.0/0 via 10.0.0.1", "10.0.0.0/24"}) {
+		t.Errorf("routes %q", got)
 	}
 }
