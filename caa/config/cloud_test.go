@@ -282,7 +282,7 @@ func TestSlipsAreNotOverzealous(t *testing.T) {
 				t.Errorf("%s: %s is taken for %s", provider, k.name, s)
 			}
 		}
-		for _, n := range slices.Concat(sdkNames, otherNames, []string{"PATH", "KUBERNETES_SERVICE_HOST", "HOSTNAME", "POD_NAME", "GOFLAGS", "INVOCATION_ID", "JOURNAL_STREAM", "HTTPS_PROXY"}) {
+		for _, n := range slices.Concat(sdkNames, otherNames, []string{"PATH", "KUBERNETES_SERVICE_HOST", "HOSTNAME", "POD_NAME", "GOFLAGS", "INVOCATION_ID", "JOURNAL_STREAM", "HTTPS_PROXY", "GLOG_LEVEL", "STATE_DIRECTORY", "MODE_NAME"}) {
 			if s := slip(strings.ReplaceAll(n, "*", "X"), provider, nothing); s != "" {
 				t.Errorf("%s: %s is taken for %s", provider, n, s)
 			}

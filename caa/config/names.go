@@ -98,8 +98,8 @@ func standingOf(name, provider string) standing {
 	return unheard
 }
 
-// sureBytes is how long a name must be for one wrong letter to be a slip, and not
-// another word.
+// sureBytes is how long a name must be for one wrong letter, not the first, to be a
+// slip and not another word. (GLOG_LEVEL is not LOG_LEVEL.)
 const sureBytes = 9
 
 // slip tells which setting a variable of the environment, which is not ours alone, was
@@ -116,7 +116,7 @@ func slip(name, provider string, isSet func(string) bool) string {
 		return right
 	}
 	best, distance := closest(name, keysOf(provider))
-	if own && distance <= 2 || distance <= 1 && len(name) >= sureBytes {
+	if own && distance <= 2 || distance <= 1 && len(name) >= sureBytes && strings.ToUpper(name)[0] == best[0] {
 		return best
 	}
 	return ""
