@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"sync"
@@ -108,6 +109,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	if c, ok := d.provider.(io.Closer); ok {
+		defer func() { err = errors.Join(err, c.Close()) }()
+	}
 
 	// Not the ConfigMap's: where several clusters share an account, instances
 	// must not look alike because nobody named the clusters.
@@ -213,6 +217,7 @@ func (d *Daemon) underlay(ctx context.Context) (cloud.Underlay, error) {
 // providers are the clouds this build knows, by the name in CLOUD_PROVIDER.
 var providers = map[string]func(*config.Config) (cloud.Provider, error){
 	config.ProviderLocal: newLocal,
+	config.ProviderAWS:   newAWS,
 	config.ProviderAzure: newAzure,
 }
 

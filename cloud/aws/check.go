@@ -50,7 +50,7 @@ func (p *Provider) checkTypes(ctx context.Context, image imageInfo) error {
 		return err
 	}
 	var errs []error
-	for _, t := range list {
+	for _, t := range list.types {
 		key := typesKey
 		if t.Name == p.cfg.InstanceType {
 			key = "PODVM_INSTANCE_TYPE"

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
+	"github.com/kata-remote/kata-remote/cloud/prices"
 )
 
 // Config of the provider. The zero value of each field takes the default named. The
@@ -78,8 +79,8 @@ type Config struct {
 
 	// GUEST_OVERHEAD_MEMORY: see cloud.Catalog.
 	OverheadMiB int
-	// Prices gives USD per hour by region and type; 0: unknown. Default: all unknown.
-	Prices func(region, instanceType string) float64
+	// INSTANCE_PRICES_FILE: what types cost. Default: nobody knows.
+	Prices *prices.Table
 
 	// HTTPClient makes the requests. Default: one with the SDK's timeouts. Tests
 	// bring emulations without sockets.
@@ -216,9 +217,6 @@ func (c Config) complete() (Config, error) {
 		bad("AWS_TENANCY %q is neither default nor dedicated", c.Tenancy)
 	}
 	c.checkTags(bad)
-	if c.Prices == nil {
-		c.Prices = func(string, string) float64 { return 0 }
-	}
 	if c.Observe == nil {
 		c.Observe = func(Call) {}
 	}

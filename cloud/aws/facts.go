@@ -29,21 +29,27 @@ func (p *Provider) catalog(ctx context.Context) (cloud.Catalog, error) {
 	if err != nil {
 		return cloud.Catalog{}, err
 	}
-	list, err := p.types.get(ctx, func() ([]cloud.InstanceType, error) { return p.describeTypes(ctx) })
+	list, err := p.types.get(ctx, func() (typeList, error) { return p.describeTypes(ctx) })
 	if err != nil {
 		return cloud.Catalog{}, err
 	}
 	return cloud.Catalog{
-		Types: list, Default: p.cfg.InstanceType, Key: typesKey,
+		Types: list.types, Remark: list.remark, Default: p.cfg.InstanceType, Key: typesKey,
 		Arch: image.arch, Confidential: !p.cfg.DisableCVM, OverheadMiB: p.cfg.OverheadMiB,
 	}, nil
 }
 
+// typeList is the configured types with their sizes and prices.
+type typeList struct {
+	types  []cloud.InstanceType
+	remark string // where the prices are from
+}
+
 // describeTypes asks for all types of the configuration in one call.
-func (p *Provider) describeTypes(ctx context.Context) ([]cloud.InstanceType, error) {
+func (p *Provider) describeTypes(ctx context.Context) (typeList, error) {
 	s, err := p.connect(ctx)
 	if err != nil {
-		return nil, err
+		return typeList{}, err
 	}
 	in := &ec2.DescribeInstanceTypesInput{}
 	for _, t := range p.cfg.InstanceTypes {
@@ -53,11 +59,10 @@ func (p *Provider) describeTypes(ctx context.Context) ([]cloud.InstanceType, err
 	for {
 		out, err := call(ctx, p, p.limits.describe, false, "DescribeInstanceTypes", (*ec2.Client).DescribeInstanceTypes, in)
 		if err != nil {
-			return nil, err
+			return typeList{}, err
 		}
 		for _, t := range out.InstanceTypes {
 			it := instanceType(t)
-			it.PricePerHour = p.cfg.Prices(s.region, it.Name)
 			if p.cfg.Spot == SpotOnly && !slices.Contains(t.SupportedUsageClasses, types.UsageClassTypeSpot) && len(t.SupportedUsageClasses) > 0 {
 				it.Unusable = "it is not sold on the spot market, and AWS_SPOT is only"
 			}
@@ -68,11 +73,14 @@ func (p *Provider) describeTypes(ctx context.Context) ([]cloud.InstanceType, err
 		}
 		in.NextToken = out.NextToken
 	}
-	list := make([]cloud.InstanceType, 0, len(found))
+	var list typeList
 	for _, name := range p.cfg.InstanceTypes { // their order decides between equals
 		if t, ok := found[name]; ok {
-			list = append(list, t)
+			list.types = append(list.types, t)
 		}
+	}
+	if p.cfg.Prices != nil {
+		list.remark = p.cfg.Prices.Apply("aws", s.region, list.types)
 	}
 	return list, nil
 }

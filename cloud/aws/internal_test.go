@@ -148,7 +148,7 @@ func TestBatcher(t *testing.T) {
 		var mu sync.Mutex
 		var calls [][]int
 		var wg sync.WaitGroup
-		b := &batcher[int, string]{wg: &wg, do: func(_ context.Context, keys []int) (map[int]string, error) {
+		b := &batcher[int, string]{run: t.Context(), wg: &wg, do: func(_ context.Context, keys []int) (map[int]string, error) {
 			mu.Lock()
 			calls = append(calls, keys)
 			mu.Unlock()

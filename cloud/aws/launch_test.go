@@ -21,6 +21,7 @@ import (
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/aws"
 	"github.com/kata-remote/kata-remote/cloud/aws/fakeec2"
+	"github.com/kata-remote/kata-remote/cloud/prices"
 )
 
 // sdk is a plain client of the Server, for what tests prepare.
@@ -187,15 +188,12 @@ func TestUserData(t *testing.T) {
 
 func TestPlan(t *testing.T) {
 	bubble(t, fakeec2.Config{}, func(t *testing.T, s *fakeec2.Server) {
-		prices := map[string]float64{small: 0.09, large: 0.17, "g4dn.xlarge": 0.53, "t3.micro": 0.01}
+		table, err := prices.Parse("test", "aws\tus-east-1\tm6a.large\t0.09\naws\tus-east-1\tm6a.xlarge\t0.17\naws\tus-east-1\tt3.micro\t0.01\n")
+		if err != nil {
+			t.Fatal(err)
+		}
 		p := provider(t, s, func(c *aws.Config) {
-			c.InstanceTypes = []string{large, small, "t3.micro"}
-			c.Prices = func(region, typ string) float64 {
-				if region != fakeec2.DefaultRegion {
-					t.Errorf("price in %q", region)
-				}
-				return prices[typ]
-			}
+			c.InstanceTypes, c.Prices = []string{large, small, "t3.micro"}, table
 		})
 		plan, err := p.Plan(t.Context(), cloud.Size{VCPUs: 1, MemoryMiB: 100})
 		if d := cmp.Diff(cloud.Plan{Type: small, Alternatives: []string{large}, VCPUs: 2, MemoryMiB: 8192, Image: fakeec2.DefaultImage}, plan); err != nil || d != "" {
@@ -218,7 +216,7 @@ func TestPlan(t *testing.T) {
 			t.Errorf("types were asked for %d times", n)
 		}
 		gpu := provider(t, s, func(c *aws.Config) {
-			c.DisableCVM, c.InstanceTypes, c.Prices = true, []string{small, "g4dn.xlarge"}, nil
+			c.DisableCVM, c.InstanceTypes = true, []string{small, "g4dn.xlarge"}
 		})
 		plan, err = gpu.Plan(t.Context(), cloud.Size{GPUs: 1, GPUModel: "T4"})
 		if err != nil || plan.Type != "g4dn.xlarge" || plan.GPUs != 1 {

@@ -23,13 +23,15 @@ type Provider struct {
 	limits limits
 
 	conn    lazy[*session]
-	types   lazy[[]cloud.InstanceType]
+	types   lazy[typeList]
 	subnets lazy[[]subnet]
 
 	ids        batcher[cloud.InstanceID, *machine]
 	tokens     batcher[string, []machine]
 	leftovers  batcher[string, []leftover]
 	terminates batcher[cloud.InstanceID, error]
+	run        context.Context // of the batches; ends with Close
+	stop       context.CancelFunc
 	background sync.WaitGroup // batches under way
 
 	creating keylock // by token; held while a Create is at work
@@ -64,15 +66,17 @@ func New(cfg Config) (*Provider, error) {
 	} else if p.http, err = newHTTPClient(); err != nil {
 		return nil, fmt.Errorf("aws provider: %w", err)
 	}
-	p.ids.do, p.ids.wg = p.describeIDs, &p.background
-	p.tokens.do, p.tokens.wg = p.describeTokens, &p.background
-	p.leftovers.do, p.leftovers.wg = p.describeLeftovers, &p.background
-	p.terminates.do, p.terminates.wg = p.terminate, &p.background
+	p.run, p.stop = context.WithCancel(context.Background())
+	p.ids.do, p.ids.run, p.ids.wg = p.describeIDs, p.run, &p.background
+	p.tokens.do, p.tokens.run, p.tokens.wg = p.describeTokens, p.run, &p.background
+	p.leftovers.do, p.leftovers.run, p.leftovers.wg = p.describeLeftovers, p.run, &p.background
+	p.terminates.do, p.terminates.run, p.terminates.wg = p.terminate, p.run, &p.background
 	return p, nil
 }
 
-// Close waits for calls whose callers have left. The provider must not be used again.
+// Close ends calls whose callers have left. The provider must not be used again.
 func (p *Provider) Close() error {
+	p.stop()
 	p.background.Wait()
 	if c, ok := p.http.(interface{ CloseIdleConnections() }); ok {
 		c.CloseIdleConnections()

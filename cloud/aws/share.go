@@ -105,7 +105,9 @@ const (
 type batcher[K comparable, V any] struct {
 	// do answers for all keys at once; a key without an answer gets the zero V.
 	do func(context.Context, []K) (map[K]V, error)
-	wg *sync.WaitGroup // of the owner, which waits for batches under way
+	// run is the owner's: batches end with it, and wg tells when they have.
+	run context.Context
+	wg  *sync.WaitGroup
 
 	mu   sync.Mutex
 	open *batch[K, V] // takes members; guarded by mu
@@ -134,7 +136,7 @@ func (b *batcher[K, V]) ask(ctx context.Context, key K) (V, error) {
 		t = &batch[K, V]{known: map[K]bool{}, more: make(chan struct{}, 1), full: make(chan struct{}), done: make(chan struct{})}
 		b.open = t
 		b.wg.Add(1)
-		go b.run(context.WithoutCancel(ctx), t)
+		go b.serve(context.WithoutCancel(ctx), t)
 	}
 	if !t.known[key] {
 		t.known[key] = true
@@ -158,7 +160,7 @@ func (b *batcher[K, V]) ask(ctx context.Context, key K) (V, error) {
 	}
 }
 
-func (b *batcher[K, V]) run(ctx context.Context, t *batch[K, V]) {
+func (b *batcher[K, V]) serve(ctx context.Context, t *batch[K, V]) {
 	defer b.wg.Done()
 	defer close(t.done)
 	latest := time.NewTimer(batchLongest)
@@ -175,6 +177,8 @@ func (b *batcher[K, V]) run(ctx context.Context, t *batch[K, V]) {
 			going = true
 		case <-t.full:
 			going = true
+		case <-b.run.Done():
+			going = true // to its error
 		}
 	}
 	b.mu.Lock()
@@ -185,6 +189,7 @@ func (b *batcher[K, V]) run(ctx context.Context, t *batch[K, V]) {
 	b.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, batchTimeout)
 	defer cancel()
+	defer context.AfterFunc(b.run, cancel)()
 	t.out, t.err = b.do(ctx, keys)
 }
 
