@@ -34,6 +34,8 @@ var cases = []struct {
 	{"ended context", endedContext},
 	{"refused requests", refused},
 	{"restart", restart},
+	{"note", note},
+	{"progress", progress},
 }
 
 func life(s *suite) {
@@ -293,5 +295,88 @@ func restart(s *suite) {
 	s.gone(s.ctx, made.ID)
 	if _, err := s.New(s.T).Get(s.ctx, made.ID); !errdefs.IsNotFound(err) {
 		s.Errorf("Get by another provider after Delete: %v, want NotFound", err)
+	}
+}
+
+// note checks that what a provider notes is kept before it makes anything, and that
+// it makes nothing when it cannot be kept.
+func note(s *suite) {
+	req := s.request()
+	full := errors.New("no space left on device")
+	notes := 0
+	req.Note = func(context.Context, string) error { notes++; return full }
+	inst, err := s.p.Create(s.ctx, req)
+	if notes == 0 { // nothing to note: then there is no promise
+		if err != nil {
+			s.Fatalf("Create by a provider without notes: %v", err)
+		}
+		s.gone(s.ctx, inst.ID)
+		return
+	}
+	if !errors.Is(err, full) {
+		s.Errorf("Create whose note was not kept: %+v, %v; want the note's error", inst, err)
+	}
+	pause(s.ctx, s.Lag)
+	s.listed(s.p, req.Owner)
+	for _, l := range s.Leaks() {
+		s.Errorf("made before the note was kept: %s", l)
+	}
+	req.Note = func(_ context.Context, text string) error {
+		if text == "" {
+			s.Error("an empty note says as much as none")
+		}
+		if bytes.Contains([]byte(text), bytes.TrimSpace(req.UserData)) {
+			s.Error("the note holds the user data, which is secret")
+		}
+		for _, l := range s.Leaks() {
+			s.Errorf("made before the note: %s", l)
+		}
+		return nil
+	}
+	made := s.create(req)
+	s.gone(s.ctx, made.ID)
+}
+
+// progress checks that a Create which is repeated with what was noted, by the same
+// process or by the next one, comes to the same instance; wherever the one before
+// was interrupted.
+func progress(s *suite) {
+	req := s.request()
+	kept := ""
+	req.Note = func(_ context.Context, text string) error { kept = text; return nil }
+	made := s.create(req)
+	req.Progress = kept
+	if again := s.create(req); again.ID != made.ID {
+		s.Errorf("the same provider made %s, then %s", made.ID, again.ID)
+	}
+	s.p = s.New(s.T)
+	if again := s.create(req); again.ID != made.ID {
+		s.Errorf("one provider made %s, the next one %s", made.ID, again.ID)
+	}
+	other := req
+	other.UserData = append(bytes.Clone(req.UserData), "# more\n"...)
+	if inst, err := s.New(s.T).Create(s.ctx, other); !errdefs.IsAlreadyExists(err) {
+		s.Errorf("the progress of another request: %+v, %v; want AlreadyExists", inst, err)
+	}
+	pause(s.ctx, s.Lag)
+	s.listed(s.p, req.Owner, made.ID)
+	s.gone(s.ctx, made.ID)
+
+	for _, after := range s.CancelAfter {
+		req := s.request()
+		kept := ""
+		req.Note = func(_ context.Context, text string) error { kept = text; return nil }
+		ctx, cancel := context.WithTimeout(s.ctx, after)
+		inst, err := s.p.Create(ctx, req)
+		cancel()
+		req.Progress = kept
+		s.p = s.New(s.T)
+		again := s.create(req)
+		if err == nil && again.ID != inst.ID {
+			s.Errorf("made %s, and after a restart %s", inst.ID, again.ID)
+		}
+		pause(s.ctx, s.Lag)
+		s.listed(s.p, req.Owner, again.ID)
+		s.gone(s.ctx, again.ID)
 	}
 }
