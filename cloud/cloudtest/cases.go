@@ -321,15 +321,18 @@ func note(s *suite) {
 	for _, l := range s.Leaks() {
 		s.Errorf("made before the note was kept: %s", l)
 	}
+	notes = 0
 	req.Note = func(_ context.Context, text string) error {
-		if text == "" {
+		if notes++; text == "" {
 			s.Error("an empty note says as much as none")
 		}
 		if bytes.Contains([]byte(text), bytes.TrimSpace(req.UserData)) {
 			s.Error("the note holds the user data, which is secret")
 		}
 		for _, l := range s.Leaks() {
-			s.Errorf("made before the note: %s", l)
+			if notes == 1 { // later ones may be of what was made meanwhile
+				s.Errorf("made before the first note: %s", l)
+			}
 		}
 		return nil
 	}
