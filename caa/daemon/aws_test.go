@@ -93,11 +93,16 @@ TAGS=team=blue
 	if err := p.Delete(t.Context(), inst.ID); err != nil && !errdefs.IsNotFound(err) {
 		t.Error(err)
 	}
-	text := log.String()
+	secrecy(t, log.String(), fakeec2.DefaultKey.Secret, other.Secret)
+}
+
+// secrecy holds a log to telling what was done, and no secrets.
+func secrecy(t *testing.T, text string, secrets ...string) {
+	t.Helper()
 	if !strings.Contains(text, "m6a.large") || !strings.Contains(text, "action=RunInstances") {
 		t.Errorf("the log does not tell of the choice and the calls:\n%s", text)
 	}
-	for _, secret := range []string{fakeec2.DefaultKey.Secret, other.Secret} {
+	for _, secret := range secrets {
 		if strings.Contains(text, secret) {
 			t.Error("a secret is in the log")
 		}
