@@ -22,6 +22,13 @@ func startInCloud(t *testing.T, metadata http.Handler, seed string, args ...stri
 	t.Helper()
 	node := nstest.New(t, "node")
 	v := startVMIn(t, node, podImage(t), seed, 2, args...)
+	serveCloud(t, node, metadata)
+	return v
+}
+
+// serveCloud runs a DHCP server and a metadata service for the machine in a namespace.
+func serveCloud(t *testing.T, node *nstest.NS, metadata http.Handler) {
+	t.Helper()
 	node.Addr("tap0", "169.254.169.254/32")
 	var l net.Listener
 	var lease *dhcptest.Server
@@ -49,7 +56,43 @@ func startInCloud(t *testing.T, metadata http.Handler, seed string, args ...stri
 		}
 		<-served
 	})
-	return v
+}
+
+// ec2SMBIOS and azureSMBIOS are how QEMU's firmware says in whose cloud it is.
+var (
+	ec2SMBIOS   = []string{"-smbios", "type=1,manufacturer=Amazon EC2,product=m6a.large"}
+	azureSMBIOS = []string{"-smbios", "type=3,asset=7783-7084-3265-9085-8269-3286-77"}
+)
+
+// ec2Metadata is EC2's service, version 2, with user data and nothing else.
+func ec2Metadata(doc string) http.Handler {
+	var h http.ServeMux
+	h.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "AQAE-token==") })
+	h.HandleFunc("GET /latest/", func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Header.Get("X-aws-ec2-metadata-token") != "AQAE-token==":
+			w.WriteHeader(http.StatusUnauthorized)
+		case r.URL.Path == "/latest/user-data":
+			fmt.Fprint(w, doc)
+		default:
+			w.WriteHeader(http.StatusNotFound)
+		}
+	})
+	return &h
+}
+
+// azureMetadata is Azure's service without user data: that is on the CD.
+func azureMetadata() http.Handler {
+	var h http.ServeMux
+	h.HandleFunc("GET /metadata/instance/compute/userData", func(http.ResponseWriter, *http.Request) {}) // empty
+	return &h
+}
+
+func azureCD(t *testing.T, doc string) string {
+	t.Helper()
+	return seed(t, map[string]string{"ovf-env.xml": `<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" xmlns:wa="http://schemas.microsoft.com/windowsazure">
+<wa:ProvisioningSection><wa:LinuxProvisioningConfigurationSet><wa:HostName>podvm-test</wa:HostName><wa:CustomData>` +
+		base64.StdEncoding.EncodeToString([]byte(doc)) + `</wa:CustomData></wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection></Environment>`})
 }
 
 // TestBootedInClouds: the same image, told by EC2's metadata service, and by what Azure
@@ -57,32 +100,14 @@ func startInCloud(t *testing.T, metadata http.Handler, seed string, args ...stri
 func TestBootedInClouds(t *testing.T) {
 	t.Run("EC2", func(t *testing.T) {
 		c := newCredentials(t)
-		doc := userData(t, c.config())
-		var h http.ServeMux
-		h.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "AQAE-token==") })
-		h.HandleFunc("GET /latest/", func(w http.ResponseWriter, r *http.Request) {
-			switch {
-			case r.Header.Get("X-aws-ec2-metadata-token") != "AQAE-token==":
-				w.WriteHeader(http.StatusUnauthorized)
-			case r.URL.Path == "/latest/user-data":
-				fmt.Fprint(w, doc)
-			default:
-				w.WriteHeader(http.StatusNotFound)
-			}
-		})
-		v := startInCloud(t, &h, "", "-smbios", "type=1,manufacturer=Amazon EC2,product=m6a.large")
+		v := startInCloud(t, ec2Metadata(userData(t, c.config())), "", ec2SMBIOS...)
 		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 		v.waitFor(`"step":"cpus"`)
 		wantMarks(t, v.output(), "cpus", "root", "modules", "seed", "nic", "tunnel", "agent", "listening")
 	})
 	t.Run("Azure", func(t *testing.T) {
 		c := newCredentials(t)
-		cd := seed(t, map[string]string{"ovf-env.xml": `<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" xmlns:wa="http://schemas.microsoft.com/windowsazure">
-<wa:ProvisioningSection><wa:LinuxProvisioningConfigurationSet><wa:HostName>podvm-test</wa:HostName><wa:CustomData>` +
-			base64.StdEncoding.EncodeToString([]byte(userData(t, c.config()))) + `</wa:CustomData></wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection></Environment>`})
-		var h http.ServeMux
-		h.HandleFunc("GET /metadata/instance/compute/userData", func(http.ResponseWriter, *http.Request) {}) // empty
-		v := startInCloud(t, &h, cd, "-smbios", "type=3,asset=7783-7084-3265-9085-8269-3286-77")
+		v := startInCloud(t, azureMetadata(), azureCD(t, userData(t, c.config())), azureSMBIOS...)
 		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -65,39 +66,29 @@ func secure() (feature string, args []string) {
 	return ",smm=on", append(uefi(secureFirmware, secureVars), "-global", "driver=cfi.pflash01,property=secure,value=on")
 }
 
-func podSeed(t *testing.T, c credentials) string {
-	t.Helper()
-	return seed(t, map[string]string{
-		"user-data": userData(t, c.config()), "meta-data": "instance-id: i\nlocal-hostname: podvm-test\n", "network-config": networkConfig,
-	})
-}
-
-// Two starts with Secure Boot, from the same image.
-func TestDiskSecureBoot(t *testing.T) {
+// The very files that clouds are given start by themselves under firmware, each with its
+// user data as its cloud has it.
+func TestDisk(t *testing.T) {
 	m := diskImage(t, true)
 	disk, err := os.ReadFile(m.Disk.Raw.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	feature, args := secure()
+	feature, secureArgs := secure()
 
-	// The disk starts by itself, from an NVMe drive as on Nitro, with its user data on a CD
-	// behind a SCSI controller as on Azure: two drivers that are loaded because the hardware
-	// is there, one of them behind the other. What the cloud made the disk larger by becomes
-	// swap, and nobody can read there what was swapped.
-	t.Run("starts", func(t *testing.T) {
-		t.Parallel()
-		c := newCredentials(t)
+	// With Secure Boot, from an NVMe drive, as on Nitro. What the cloud made the disk larger
+	// by becomes swap, and nobody can read there what was swapped.
+	t.Run("EC2", func(t *testing.T) {
+		c, node := newCredentials(t), nstest.New(t, "node")
 		path := filepath.Join(t.TempDir(), "disk")
 		const size = 512 << 20
 		if err := errors.Join(os.WriteFile(path, disk, 0o600), os.Truncate(path, size)); err != nil {
 			t.Fatal(err)
 		}
-		v := launch(t, nstest.New(t, "node"), 2, feature, append(args,
-			"-drive", "if=none,id=disk,format=raw,file="+path, "-device", "nvme,drive=disk,serial=disk,bootindex=0",
-			"-device", "virtio-scsi-pci,disable-legacy=on",
-			"-drive", "if=none,id=cd,format=raw,media=cdrom,readonly=on,file="+podSeed(t, c), "-device", "scsi-cd,drive=cd",
-		)...)
+		v := launch(t, node, 2, feature, slices.Concat(secureArgs, ec2SMBIOS, []string{
+			"-drive", "if=none,id=disk,format=raw,file=" + path, "-device", "nvme,drive=disk,serial=disk,bootindex=0",
+		})...)
+		serveCloud(t, node, ec2Metadata(userData(t, c.config())))
 		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 		v.waitFor(`"step":"cpus"`)
 		wantMarks(t, v.output(), "root", "modules", "seed", "nic", "tunnel", "agent", "listening", "cpus", "scratch")
@@ -114,9 +105,22 @@ func TestDiskSecureBoot(t *testing.T) {
 		}
 	})
 
-	// With one byte changed it does not start.
+	// From the VHD, with the user data on a CD behind a SCSI controller: two drivers that are
+	// loaded because the hardware is there, one of them behind the other.
+	t.Run("Azure", func(t *testing.T) {
+		c, node := newCredentials(t), nstest.New(t, "node")
+		v := launch(t, node, 2, "", slices.Concat(uefi(firmware, firmwareVars), azureSMBIOS, []string{
+			"-drive", "if=none,id=disk,format=vpc,snapshot=on,file=" + m.Disk.VHD.Path, "-device", "virtio-blk-pci,drive=disk,disable-legacy=on,bootindex=0",
+			"-device", "virtio-scsi-pci,disable-legacy=on",
+			"-drive", "if=none,id=cd,format=raw,media=cdrom,readonly=on,file=" + azureCD(t, userData(t, c.config())), "-device", "scsi-cd,drive=cd",
+		})...)
+		serveCloud(t, node, azureMetadata())
+		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
+		v.waitFor(`"step":"cpus"`)
+	})
+
+	// With one byte changed, Secure Boot does not start it.
 	t.Run("changed", func(t *testing.T) {
-		t.Parallel()
 		program, err := os.ReadFile(m.Disk.UKI.Path)
 		if err != nil {
 			t.Fatal(err)
@@ -131,8 +135,9 @@ func TestDiskSecureBoot(t *testing.T) {
 		if err := os.WriteFile(path, changed, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		v := launch(t, nstest.New(t, "node"), 1, feature, append(args,
-			"-drive", "if=none,id=disk,format=raw,snapshot=on,file="+path, "-device", "virtio-blk-pci,drive=disk,disable-legacy=on,bootindex=0")...)
+		v := launch(t, nstest.New(t, "node"), 1, feature, slices.Concat(secureArgs, []string{
+			"-drive", "if=none,id=disk,format=raw,snapshot=on,file=" + path, "-device", "virtio-blk-pci,drive=disk,disable-legacy=on,bootindex=0",
+		})...)
 		v.waitFor("Access Denied")
 		if strings.Contains(v.output(), `"msg"`) {
 			t.Error("podvmd ran")

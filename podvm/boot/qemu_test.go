@@ -257,7 +257,7 @@ func launch(t *testing.T, node *nstest.NS, cpus int, feature string, more ...str
 	v.node.Addr("tap0", nodeAddr)
 	qemu := exec.Command("qemu-system-x86_64", append([]string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off" + feature, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", "512",
+		"-machine", "q35,usb=off,vmport=off,sata=off,smbus=off" + feature, "-accel", "tcg,thread=multi", "-cpu", "max,-erms", "-smp", strconv.Itoa(cpus), "-m", "512",
 		"-serial", "file:" + v.console,
 		"-netdev", "tap,id=net0,fd=3", "-device", "virtio-net-pci,netdev=net0,mac=" + guestMAC + ",disable-legacy=on,romfile=",
 	}, more...)...)
