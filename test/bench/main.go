@@ -43,6 +43,7 @@ var sections = []section{
 	{"rootfs", (*bench).rootfs},
 	{"aws", func(b *bench, ctx context.Context) error { return b.cloud(ctx, "aws") }},
 	{"azure", func(b *bench, ctx context.Context) error { return b.cloud(ctx, "azure") }},
+	{"disk", (*bench).disks},
 }
 
 func main() {

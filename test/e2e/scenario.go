@@ -194,10 +194,10 @@ func (s *Scenario) removalChecks() []Check {
 	}})
 }
 
-// StartCloud starts an emulated cloud whose instances are the bed's pod VMs, and has the
-// bed's next adaptor use it.
+// StartCloud starts an emulated cloud whose instances are the bed's pod VMs, unless the
+// configuration names another image, and has the bed's next adaptor use it.
 func StartCloud(ctx context.Context, bed *testbed.Bed, cfg cloudbed.Config) (*cloudbed.Cloud, error) {
-	cfg.Image, cfg.Dir = filepath.Dir(bed.Image.Kernel.Path), filepath.Join(bed.Out, "logs", cfg.Provider)
+	cfg.Image, cfg.Dir = cmp.Or(cfg.Image, filepath.Dir(bed.Image.Kernel.Path)), filepath.Join(bed.Out, "logs", cfg.Provider)
 	var err error
 	if cfg.Accel, err = accel(ctx, bed); err != nil {
 		return nil, err
