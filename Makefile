@@ -7,7 +7,7 @@
 #                   writes docs/compatibility.md
 # make e2e-k8s      Kubernetes' own tests on a real cluster, every pod in its own virtual machine
 # make bench        measure; writes docs/performance.md's figures to the terminal
-# make cross-check  the emulations of clouds, asked by the vendors' other clients (needs node and npm)
+# make cross-check  the emulations of clouds, asked by the vendors' other clients (needs node, npm and PyPI)
 # make build        the binaries, into _output/bin
 # make podvm-image  the pod VM's kernel, initramfs and disk images, into _output/podvm;
 #                   ARCH=arm64: for another architecture, into _output/podvm-arm64
@@ -39,7 +39,7 @@ AUTHORITIES ?= /etc/ssl/certs/ca-certificates.crt
 # go test builds the same code; seccomp needs the C library.
 TEST_TAGS := seccomp
 
-.PHONY: cross-check cross-check-azure all demo demo-stop test critest e2e-k8s e2e-k8s-stop bench build setup podvm-image generate verify clean
+.PHONY: cross-check all demo demo-stop test critest e2e-k8s e2e-k8s-stop bench build setup podvm-image generate verify clean
 
 all: build podvm-image
 
@@ -168,18 +168,25 @@ bench: build podvm-image $(BIN)/crictl
 	@$(BIN)/bench -bin $(BIN) -podvm $(OUT)/podvm -out $(OUT)/bench
 	@$(GO) test -run '^$$' -bench . ./agent-protocol/relay ./caa/agentproxy
 
-# The emulations were written with the vendors' Go clients; these are others. They are
-# fetched from npm at the versions that package.json names.
-cross-check: cross-check-azure
-
+# The emulations were written with the vendors' Go clients; these are others: from npm
+# and PyPI at the versions that test/crosscheck names, and Debian's awscli. moto is
+# somebody else's emulation, to compare replies with.
 CROSSCHECK := $(OUT)/cross-check
-$(CROSSCHECK)/azure/node_modules: test/crosscheck/azure/package.json
+$(CROSSCHECK)/aws/node_modules $(CROSSCHECK)/azure/node_modules: $(CROSSCHECK)/%/node_modules: test/crosscheck/%/package.json
 	@mkdir -p $(@D) && cp $< $(@D)/
 	@cd $(@D) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	@touch $@
 
-cross-check-azure: $(CROSSCHECK)/azure/node_modules
-	@CROSSCHECK_AZURE=$(CROSSCHECK)/azure $(GO) test -tags crosscheck -count=1 -v ./test/crosscheck/azure
+$(CROSSCHECK)/aws/moto/bin/moto_server: test/crosscheck/aws/requirements.txt
+	@test/setup.sh awscli python3-venv
+	@echo "installing moto (one to two minutes)" >&2
+	@/usr/bin/python3 -m venv $(CROSSCHECK)/aws/moto && $(CROSSCHECK)/aws/moto/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+cross-check: $(CROSSCHECK)/aws/node_modules $(CROSSCHECK)/azure/node_modules $(CROSSCHECK)/aws/moto/bin/moto_server
+	@$(GO) build -o $(BIN)/tally ./test/tally
+	@CROSSCHECK_AWS=$(CROSSCHECK)/aws CROSSCHECK_AZURE=$(CROSSCHECK)/azure $(GO) test -tags crosscheck -count=1 -p 1 -json ./test/crosscheck/... | \
+		$(BIN)/tally -name cross-check
 
 generate: setup
 	@mkdir -p $(BIN)

@@ -107,7 +107,7 @@ func (t InstanceType) describe() obj {
 			"enaSupport": "required", "efaSupported": false, "encryptionInTransitSupported": true},
 		"placementGroupInfo": obj{"supportedStrategies": []string{"cluster", "partition", "spread"}}, "hibernationSupported": false,
 		"burstablePerformanceSupported": t.Burstable, "dedicatedHostsSupported": true, "autoRecoverySupported": true,
-		"supportedBootModes": t.bootModes(), "nitroEnclavesSupport": "unsupported", "nitroTpmSupport": "supported"}
+		"supportedInRegion": true, "supportedBootModes": t.bootModes(), "nitroEnclavesSupport": "unsupported", "nitroTpmSupport": "supported"}
 	if t.GPUs > 0 {
 		o["gpuInfo"] = obj{"totalGpuMemoryInMiB": t.GPUs * t.GPUMemoryMiB, "gpus": []obj{{"name": t.GPUName, "manufacturer": "NVIDIA",
 			"count": t.GPUs, "memoryInfo": obj{"sizeInMiB": t.GPUMemoryMiB}}}}
@@ -174,10 +174,23 @@ func (s *Server) describeZones(c *call) (obj, error) {
 		if names := c.strs("ZoneName"); len(names) > 0 && !slices.Contains(names, z) {
 			continue
 		}
-		set = append(set, obj{"zoneName": z, "zoneState": "available", "regionName": s.cfg.Region, "zoneType": "availability-zone",
+		set = append(set, obj{"zoneName": z, "zoneState": "available", "regionName": s.cfg.Region, "zoneType": "availability-zone", "zoneId": s.zoneID(z),
 			"optInStatus": "opt-in-not-required", "messageSet": []obj{}, "groupName": s.cfg.Region + "-zg-1", "networkBorderGroup": s.cfg.Region})
 	}
 	return obj{"availabilityZoneInfo": set}, c.dryRun()
+}
+
+// zoneID is a zone's name that is the same in all accounts, such as "use1-az1".
+func (s *Server) zoneID(zone string) string {
+	short := ""
+	for i, part := range strings.Split(s.cfg.Region, "-") {
+		if i == 0 || part[0] >= '0' && part[0] <= '9' {
+			short += part
+		} else {
+			short += part[:1]
+		}
+	}
+	return short + "-az" + itoa(1+slices.Index(s.zones(), zone))
 }
 
 func (s *Server) describeRegions(c *call) (obj, error) {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sort"
+	"strings"
 )
 
 // known checks that all of a request's ids, which its list parameter names, are keys
@@ -53,6 +54,8 @@ func (s *Server) describeSubnets(c *call) (obj, error) {
 		isDefault := slices.ContainsFunc(s.vpcs, func(v VPC) bool { return v.Default && v.ID == n.VPC })
 		set = append(set, obj{"subnetId": n.ID, "subnetArn": "arn:aws:ec2:" + s.cfg.Region + ":" + s.cfg.Account + ":subnet/" + n.ID,
 			"state": "available", "ownerId": s.cfg.Account, "vpcId": n.VPC, "cidrBlock": n.CIDR.Masked().String(), "availabilityZone": n.Zone,
+			"availabilityZoneId": s.zoneID(n.Zone), "ipv6Native": false, "privateDnsNameOptionsOnLaunch": obj{"hostnameType": "ip-name",
+				"enableResourceNameDnsARecord": false, "enableResourceNameDnsAAAARecord": false},
 			"availableIpAddressCount": max(0, s.freeAddresses(n)), "defaultForAz": isDefault, "mapPublicIpOnLaunch": n.PublicIPs,
 			"assignIpv6AddressOnCreation": false, "ipv6CidrBlockAssociationSet": []obj{}, "tagSet": tagSet(n.tags)})
 	}
@@ -85,6 +88,8 @@ func (s *Server) describeVpcs(c *call) (obj, error) {
 	set := []obj{}
 	for _, v := range all {
 		set = append(set, obj{"vpcId": v.ID, "ownerId": s.cfg.Account, "state": "available", "cidrBlock": v.CIDR.String(), "isDefault": v.Default,
+			"cidrBlockAssociationSet": []obj{{"associationId": "vpc-cidr-assoc-" + strings.TrimPrefix(v.ID, "vpc-"), "cidrBlock": v.CIDR.String(),
+				"cidrBlockState": obj{"state": "associated"}}},
 			"dhcpOptionsId": "dopt-0123456789abcdef0", "instanceTenancy": "default", "tagSet": []obj{}})
 	}
 	return obj{"vpcSet": set}, c.dryRun()
@@ -135,7 +140,8 @@ func (s *Server) describeGroups(c *call) (obj, error) {
 	set := []obj{}
 	for _, g := range all {
 		set = append(set, obj{"groupId": g.ID, "groupName": g.Name, "groupDescription": g.Name, "ownerId": s.cfg.Account, "vpcId": g.VPC,
-			"ipPermissions": s.permissions(g.rules), "tagSet": tagSet(g.tags),
+			"securityGroupArn": "arn:aws:ec2:" + s.cfg.Region + ":" + s.cfg.Account + ":security-group/" + g.ID,
+			"ipPermissions":    s.permissions(g.rules), "tagSet": tagSet(g.tags),
 			"ipPermissionsEgress": s.permissions([]rule{{protocol: "-1", cidr: "0.0.0.0/0"}})})
 	}
 	return obj{"securityGroupInfo": set}, c.dryRun()
