@@ -171,12 +171,38 @@ func (m *Manager) undoInstance(ctx context.Context, sb *Sandbox) error {
 	}
 	err := m.cfg.Provider.Delete(ctx, inst.ID)
 	switch {
+	case errdefs.IsNotFound(err) && m.maybeLate(sb):
+		return stillThere{"the possibility of instance " + string(inst.ID)}
 	case errdefs.IsNotFound(err):
 		return nil
 	case err != nil:
 		return fmt.Errorf("delete instance %s: %w", inst.ID, err)
 	}
+	sb.meet()
 	return stillThere{"instance " + string(inst.ID)}
+}
+
+// maybeLate tells whether a provider's NotFound may only mean that it does not know
+// the instance yet. Providers see to that for what they have made themselves; what an
+// adaptor before this one has had made just before it ended, they learn of like
+// anybody else, within ListSettle.
+func (m *Manager) maybeLate(sb *Sandbox) bool {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	if sb.met || time.Since(sb.rec.Created) > instanceTimeout+m.cfg.ListSettle {
+		return false
+	}
+	if sb.searched.IsZero() {
+		sb.searched = time.Now()
+	}
+	return time.Since(sb.searched) < m.cfg.ListSettle
+}
+
+// meet notes that this process knows the instance to exist.
+func (sb *Sandbox) meet() {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	sb.met = true
 }
 
 // search looks for an instance that may have been made without our having learnt its

@@ -220,6 +220,7 @@ type Sandbox struct {
 	starting *startOp          // the StartVM under way; guarded by mu
 	undoing  bool              // a deletion is under way; guarded by mu
 	searched time.Time         // since when the instance is looked for; guarded by mu
+	met      bool              // the provider knew the instance, in this process; guarded by mu
 	proxy    *agentproxy.Proxy // guarded by mu
 
 	// serverKey and serverCert are the forwarder's; between issue and Create they

@@ -105,6 +105,7 @@ func (m *Manager) adopt(ctx context.Context, sb *Sandbox) error {
 	defer cancel()
 	inst, err := m.cfg.Provider.Get(ctx, rec.Instance.ID)
 	if err == nil {
+		sb.meet()
 		err = failed(inst)
 		if err != nil {
 			return sb.undo(fmt.Sprintf("instance %s: %v", rec.Instance.ID, err))

@@ -211,6 +211,7 @@ func (m *Manager) doInstance(ctx context.Context, sb *Sandbox) error {
 	if err != nil {
 		return fmt.Errorf("create the instance of pod %s: %w", rec.Pod, err)
 	}
+	sb.meet()
 	m.cfg.FaultPoint(StepInstance + ":created")
 	if err := sb.update(func(r *store.Record) { r.Instance.ID = inst.ID }); err != nil {
 		return err

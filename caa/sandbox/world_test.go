@@ -47,6 +47,7 @@ type world struct {
 	lease   time.Duration
 	limit   int
 	fault   func(string)
+	wrap    func(cloud.Provider) cloud.Provider // what Managers have of the cloud; nil: as it is
 }
 
 func (w *world) Write(p []byte) (int, error) {
@@ -108,8 +109,12 @@ func (w *world) tryStart() (*adaptor, error) {
 		return nil, err
 	}
 	a := &adaptor{w: w, store: st}
+	var provider cloud.Provider = w.cloud.NewProvider()
+	if w.wrap != nil {
+		provider = w.wrap(provider)
+	}
 	a.Manager = New(Config{
-		Records: st, Provider: w.cloud.NewProvider(), ProviderName: "sim", Owner: cloud.Owner{Cluster: "c", Node: "n"},
+		Records: st, Provider: provider, ProviderName: "sim", Owner: cloud.Owner{Cluster: "c", Node: "n"},
 		Network: w.network, Underlay: func(context.Context) (cloud.Underlay, error) {
 			return cloud.Underlay{Local: netip.MustParsePrefix("127.0.0.1/8"), MTU: 1500}, nil
 		},
