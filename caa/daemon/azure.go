@@ -3,8 +3,14 @@
 package daemon
 
 import (
+	"context"
+	"log/slog"
+	"path"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/caa/config"
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/azure"
@@ -13,6 +19,7 @@ import (
 // newAzure makes the provider of Azure.
 func newAzure(cfg *config.Config) (cloud.Provider, error) {
 	a := cfg.Azure
+	out := &azureProvider{}
 	p, err := azure.New(azure.Config{
 		SubscriptionID: a.SubscriptionID, Region: a.Region, ResourceGroup: a.ResourceGroup,
 		SubnetID: a.SubnetID, NSGID: a.NSGID, ImageID: a.ImageID,
@@ -22,20 +29,15 @@ func newAzure(cfg *config.Config) (cloud.Provider, error) {
 		PublicIP: cfg.Cloud.PublicIP, RootVolumeGiB: cfg.Cloud.RootVolumeGiB,
 		OverheadMiB: cfg.Cloud.OverheadMiB, Prices: cfg.Cloud.Prices,
 		SSHUser: a.SSHUsername, SSHPublicKeyFile: a.SSHPublicKeyFile,
-		Credentials: azureCredentials(cfg),
-		Reload: func() (azure.Credentials, error) {
-			now, err := cfg.Reload()
-			if err != nil {
-				return azure.Credentials{}, err
-			}
-			return azureCredentials(now), nil
-		},
+		Credentials: azureCredentials(cfg), Reload: reloadedCredentials(cfg),
 		Endpoint: a.Endpoint, AuthorityHost: a.AuthorityHost,
+		Observe: out.observe,
 	})
 	if err != nil {
 		return nil, err
 	}
-	return azureProvider{p}, nil
+	out.Provider = p
+	return out, nil
 }
 
 func azureCredentials(cfg *config.Config) azure.Credentials {
@@ -46,8 +48,62 @@ func azureCredentials(cfg *config.Config) azure.Credentials {
 	}
 }
 
-// azureProvider tells how far Azure's lists may be behind.
-type azureProvider struct{ *azure.Provider }
+// reloadedCredentials reads the credentials from where the configuration came from,
+// again each time. While the configuration is wrong, the last ones stand, as with
+// reloadedKeys.
+func reloadedCredentials(cfg *config.Config) func() (azure.Credentials, error) {
+	var mu sync.Mutex
+	last := azureCredentials(cfg)
+	return func() (azure.Credentials, error) {
+		now, err := cfg.Reload()
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil {
+			last = azureCredentials(now)
+		}
+		return last, nil
+	}
+}
+
+// azureProvider tells the log of what it does.
+type azureProvider struct {
+	*azure.Provider
+	log atomic.Pointer[slog.Logger] // nil until Announce
+}
+
+// Announce asks Azure for what all pods need to know, so that the first one does not
+// wait for it, and logs API calls from then on.
+func (p *azureProvider) Announce(ctx context.Context, log *slog.Logger) {
+	p.log.Store(log)
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
+	begin := time.Now()
+	if err := p.Prepare(ctx); err != nil {
+		log.Error("Azure cannot be asked; pods cannot be started until it can", logkey.Provider, config.ProviderAzure, logkey.Error, err)
+		return
+	}
+	choice, err := p.Explain(ctx, cloud.Size{})
+	if err != nil {
+		log.Error("pods that ask for nothing cannot be started", logkey.Provider, config.ProviderAzure, logkey.Error, err)
+		return
+	}
+	log.Info("pod VMs are Azure VMs", logkey.Provider, config.ProviderAzure, "choice", choice,
+		logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
+}
+
+// observe logs an API call.
+func (p *azureProvider) observe(c azure.Call) {
+	log := p.log.Load()
+	if log == nil {
+		return
+	}
+	attrs := []any{"action", c.Method + " " + path.Base(path.Dir(c.Path)), "of", path.Base(c.Path), "status", c.Status,
+		logkey.Duration, float64(c.Took.Microseconds()) / 1000}
+	if c.Err != nil {
+		attrs = append(attrs, "code", c.Code, logkey.Error, c.Err)
+	}
+	log.Debug("cloud call", attrs...)
+}
 
 // ListSettle implements settler.
-func (azureProvider) ListSettle() time.Duration { return azure.ListSettle }
+func (*azureProvider) ListSettle() time.Duration { return azure.ListSettle }

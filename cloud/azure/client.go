@@ -58,15 +58,18 @@ type client struct {
 	host     string
 	throttle *throttle
 	connect  func() (runtime.Pipeline, error)
+	idle     func()     // closes idle connections
+	observe  func(Call) // may be nil
 
 	mu sync.Mutex
 	pl *runtime.Pipeline // holds the token; guarded by mu
 }
 
 func newClient(c Config) (*client, error) {
-	transport := c.Transport
+	transport, idle := c.Transport, func() {}
 	if transport == nil {
-		transport = newTransport()
+		own := newTransport()
+		transport, idle = own, own.CloseIdleConnections
 	}
 	transport = overHTTP(transport, &c.Endpoint, &c.AuthorityHost)
 	conf, known, err := cloudOf(c)
@@ -87,7 +90,7 @@ func newClient(c Config) (*client, error) {
 				http.StatusServiceUnavailable, http.StatusGatewayTimeout},
 		},
 	}
-	arm := &client{throttle: newThrottle(), connect: func() (runtime.Pipeline, error) {
+	arm := &client{throttle: newThrottle(), idle: idle, observe: c.Observe, connect: func() (runtime.Pipeline, error) {
 		cred := &credential{reload: reload, options: options, private: !known} // with no token yet
 		return armruntime.NewPipeline("peerpod", "v1", cred, runtime.PipelineOptions{}, &armpolicy.ClientOptions{
 			ClientOptions: options,
@@ -229,7 +232,9 @@ func (c *client) do(ctx context.Context, r call) (reply, error) {
 		if err := c.throttle.wait(ctx, r.counts); err != nil {
 			return reply{}, err
 		}
+		begin := time.Now()
 		rep, err := c.send(ctx, pl, r)
+		c.tell(r, rep, err, time.Since(begin))
 		var refused *apiError
 		if !errors.As(err, &refused) {
 			return rep, err
@@ -252,6 +257,18 @@ func (c *client) do(ctx context.Context, r call) (reply, error) {
 			return rep, err
 		}
 	}
+}
+
+func (c *client) tell(r call, rep reply, err error, took time.Duration) {
+	if c.observe == nil {
+		return
+	}
+	told := Call{Method: r.method, Path: r.path, Status: rep.status, Took: took, Err: err}
+	var refused *apiError
+	if errors.As(err, &refused) {
+		told.Code = refused.code
+	}
+	c.observe(told)
 }
 
 // send sends a request once, but for what the pipeline repeats: connections that

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/containerd/errdefs"
@@ -74,8 +75,22 @@ type Config struct {
 	// or the one that goes with Endpoint.
 	AuthorityHost string
 
+	// Observe is told of every call once it has ended. nil: nobody is. It must not
+	// block.
+	Observe func(Call)
+
 	// Transport sends requests; nil is an http.Client of the provider's own.
 	Transport policy.Transporter
+}
+
+// Call is one request to Resource Manager, with what the SDK has repeated of it.
+type Call struct {
+	Method string
+	Path   string // without query: of what
+	Status int    // 0: there was no answer
+	Code   string // of the error, if the service sent one
+	Took   time.Duration
+	Err    error // nil: it was a success
 }
 
 // Credentials are shown to the authority for a token. Which fields are set decides

@@ -291,8 +291,8 @@ func (m *making) failed(ctx context.Context, c candidate, err error) error {
 	if !errors.As(err, &answered) || ctx.Err() != nil {
 		return err
 	}
-	if answered.status != 0 && errdefs.IsUnavailable(err) || errdefs.IsPermissionDenied(err) {
-		return err // not refused for good, or we may not delete either
+	if answered.status != 0 && (errdefs.IsUnavailable(err) || errdefs.IsPermissionDenied(err)) {
+		return err // not refused for good, or not so much as looked at
 	}
 	// Even a request that is refused at once can leave an interface or a disk.
 	how, capacity := reachOf(err)

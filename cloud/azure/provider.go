@@ -74,12 +74,9 @@ func New(c Config) (*Provider, error) {
 	}, nil
 }
 
-// Close lets go of idle connections.
-func (p *Provider) Close() {
-	if c, ok := p.cfg.Transport.(interface{ CloseIdleConnections() }); ok {
-		c.CloseIdleConnections()
-	}
-}
+// Close lets go of idle connections; the provider can still be used. A transport that
+// came with the configuration is its owner's.
+func (p *Provider) Close() { p.arm.idle() }
 
 // remember calls f on what is known of an instance.
 func (p *Provider) remember(t things, f func(*remembered)) {

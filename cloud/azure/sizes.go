@@ -267,6 +267,15 @@ func (c *catalog) closest(name string) string {
 	return "; `az vm list-skus` shows them"
 }
 
+// Prepare asks for what every Create needs to know, so that the first one need not.
+func (p *Provider) Prepare(ctx context.Context) error {
+	if _, err := p.key.line(); err != nil {
+		return err
+	}
+	_, err := p.catalog(ctx)
+	return err
+}
+
 // Plan implements cloud.Provider. The sizes are asked for once an hour.
 func (p *Provider) Plan(ctx context.Context, want cloud.Size) (cloud.Plan, error) {
 	image := want.Image

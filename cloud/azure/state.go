@@ -311,6 +311,9 @@ func (p *Provider) List(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 		return nil, err
 	}
 	out, err := p.list(ctx, owner)
+	if missing(err) {
+		return nil, nil // a group that does not exist holds nothing
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list instances of cluster %s: %w", owner.Cluster, err)
 	}
@@ -331,8 +334,10 @@ func (p *Provider) list(ctx context.Context, owner cloud.Owner) ([]cloud.Instanc
 		})
 	}
 	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
+	for _, err := range errs {
+		if err != nil {
+			return nil, err
+		}
 	}
 	vms, err := p.getVMs(ctx)
 	if err != nil {
