@@ -27,31 +27,7 @@ func TestAzure(t *testing.T) {
 	server := httptest.NewServer(s)
 	defer server.Close()
 	file := filepath.Join(t.TempDir(), "adaptor.conf")
-	write := func(secret, more string) {
-		t.Helper()
-		text := fmt.Sprintf(`CLOUD_PROVIDER=azure
-AZURE_SUBSCRIPTION_ID=%s
-AZURE_REGION=%s
-AZURE_RESOURCE_GROUP=%s
-AZURE_SUBNET_ID=%s
-AZURE_NSG_ID=%s
-AZURE_IMAGE_ID=%s
-AZURE_INSTANCE_SIZES=Standard_DC2as_v5,Standard_DC4as_v5
-AZURE_ZONES=1,2
-AZURE_SPOT=true
-AZURE_TENANT_ID=%s
-AZURE_CLIENT_ID=%s
-AZURE_CLIENT_SECRET=%s
-AZURE_ENDPOINT=%s
-AZURE_AUTHORITY_HOST=%s
-ROOT_VOLUME_SIZE=40
-TAGS=team=blue
-%s`, fakearm.DefaultSubscription, fakearm.DefaultRegion, fakearm.DefaultGroup, s.Config().SubnetID(fakearm.Subnet{}), s.Config().SecurityGroupID(""),
-			image, fakearm.DefaultTenant, fakearm.DefaultClient, secret, server.URL, server.URL, more)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	write := func(secret, more string) { t.Helper(); writeAzure(t, file, s, server.URL, image, secret, more) }
 	write(fakearm.DefaultSecret, "")
 	cfg, err := config.Load(file, nil, config.Flags{})
 	if err != nil {
@@ -106,5 +82,32 @@ TAGS=team=blue
 		if strings.Contains(text, secret) {
 			t.Error("a secret is in the log")
 		}
+	}
+}
+
+// writeAzure writes the configuration file.
+func writeAzure(t *testing.T, file string, s *fakearm.Server, url, image, secret, more string) {
+	t.Helper()
+	text := fmt.Sprintf(`CLOUD_PROVIDER=azure
+AZURE_SUBSCRIPTION_ID=%s
+AZURE_REGION=%s
+AZURE_RESOURCE_GROUP=%s
+AZURE_SUBNET_ID=%s
+AZURE_NSG_ID=%s
+AZURE_IMAGE_ID=%s
+AZURE_INSTANCE_SIZES=Standard_DC2as_v5,Standard_DC4as_v5
+AZURE_ZONES=1,2
+AZURE_SPOT=true
+AZURE_TENANT_ID=%s
+AZURE_CLIENT_ID=%s
+AZURE_CLIENT_SECRET=%s
+AZURE_ENDPOINT=%s
+AZURE_AUTHORITY_HOST=%s
+ROOT_VOLUME_SIZE=40
+TAGS=team=blue
+%s`, fakearm.DefaultSubscription, fakearm.DefaultRegion, fakearm.DefaultGroup, s.Config().SubnetID(fakearm.Subnet{}), s.Config().SecurityGroupID(""),
+		image, fakearm.DefaultTenant, fakearm.DefaultClient, secret, url, url, more)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
