@@ -56,13 +56,13 @@ const pageShare = 64
 // measured in November 2026 on Debian's cloud kernel 6.1 for x86-64, in a machine of
 // 2048 MiB under QEMU that waits for its first container:
 //
-//	 37  not in MemTotal (1979 MiB), less the share (32): the kernel's code and data
-//	 83  MemTotal less MemFree: the root file system, which stays in memory (20), podvmd
-//	     (21 resident), slabs (16), stacks, page tables, lists of free pages
-//	 69  MemFree less MemAvailable: what the kernel does not give to processes
-//	 64  its bounce buffer for DMA (swiotlb), in machines of 4 GiB and more and in
-//	     confidential ones; from the difference of 2 and 8 GiB in its log
-//	 60  what a cloud's firmware and hypervisor take (an estimate)
+//	37  not in MemTotal (1979 MiB), less the share (32): the kernel's code and data
+//	83  MemTotal less MemFree: the root file system, which stays in memory (20), podvmd
+//	    (21 resident), slabs (16), stacks, page tables, lists of free pages
+//	69  MemFree less MemAvailable: what the kernel does not give to processes
+//	64  its bounce buffer for DMA (swiotlb), in machines of 4 GiB and more and in
+//	    confidential ones; from the difference of 2 and 8 GiB in its log
+//	60  what a cloud's firmware and hypervisor take (an estimate)
 //
 // which is 313, rounded up.
 const DefaultOverheadMiB = 320

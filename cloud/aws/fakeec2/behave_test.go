@@ -219,7 +219,7 @@ func TestCredentials(t *testing.T) {
 	}
 
 	limited := newClient(t, s)
-	limited.key = Key{ID: "AKIALIMITED", Secret: "s", User: "reader", Allow: []string{"ec2:Describe*", "ec2:RunInstances"}, Deny: []string{"ec2:DescribeVpcs"}}
+	limited.key = Key{ID: "AKIALIMITED", Secret: "s", User: "reader", Allow: []string{"ec2:Describe*", "ec2:RunInstances", "ec2:CreateTags"}, Deny: []string{"ec2:DescribeVpcs"}}
 	s.SetKey(limited.key)
 	limited.do("DescribeInstances")
 	limited.run()
@@ -228,6 +228,13 @@ func TestCredentials(t *testing.T) {
 		t.Errorf("without permission: %v", err)
 	}
 	limited.fails("UnauthorizedOperation", "DescribeVpcs")
+	untagging := limited.key
+	untagging.Deny = []string{"ec2:CreateTags"}
+	s.SetKey(untagging)
+	if _, err := limited.try("RunInstances", "ImageId", DefaultImage, "InstanceType", "m6a.large", "MinCount", "1", "MaxCount", "1",
+		"TagSpecification.1.ResourceType", "instance", "TagSpecification.1.Tag.1.Key", "a"); err == nil || !strings.Contains(err.Error(), "ec2:CreateTags") {
+		t.Errorf("a launch with tags, and no permission to tag: %v", err)
+	}
 	limited.do("GetCallerIdentity")
 	s.RemoveKey(limited.key.ID)
 	limited.fails("AuthFailure", "DescribeInstances")

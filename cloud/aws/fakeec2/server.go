@@ -274,6 +274,11 @@ func (s *Server) serve(ctx context.Context, sch *schema, action string, c *call)
 	if c.key != nil && action != "GetCallerIdentity" && !c.key.may(name) {
 		return nil, Fault{}, s.unauthorized(c.key, name)
 	}
+	// Who tags what an action makes must be allowed to tag ("Grant permission to tag
+	// Amazon EC2 resources during creation", EC2 User Guide).
+	if tag := "ec2:CreateTags"; c.key != nil && len(c.all("TagSpecification")) > 0 && !c.key.may(tag) {
+		return nil, Fault{}, s.unauthorized(c.key, tag)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if sch.version == ec2Version {
