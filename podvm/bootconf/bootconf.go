@@ -48,8 +48,9 @@ const (
 	// five minutes by default (PROXY_TIMEOUT), so that its console can still say what was
 	// missing.
 	Budget = time.Minute
-	// retryPause is between two questions to a source that is not up yet.
-	retryPause = 50 * time.Millisecond
+	// retryPause is between two questions to a source that is not up yet. Azure answers five
+	// a second.
+	retryPause = 200 * time.Millisecond
 )
 
 // Seed holds the documents of one source as they came. A nil one was not there.
