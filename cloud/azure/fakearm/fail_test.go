@@ -59,6 +59,44 @@ func TestFailedCreate(t *testing.T) {
 	}
 }
 
+// TestAtEnd: operations can be told what to end with.
+func TestAtEnd(t *testing.T) {
+	c := start(t, Config{})
+	for _, code := range []string{"AllocationFailed", "ZonalAllocationFailed", "OverconstrainedAllocationRequest", "OverconstrainedZonalAllocationRequest",
+		"SkuNotAvailable", "QuotaExceeded", "OperationNotAllowed", "VMStartTimedOut", provisioningTimedOut} {
+		c.s.Inject(Fault{Method: "PUT", Type: "Microsoft.Compute/virtualMachines", AtEnd: true, Code: code, Spot: true})
+		c.finish(c.want(http.StatusCreated, http.MethodPut, vmID("regular"), vmBody("regular")))
+		st := c.finish(c.want(http.StatusCreated, http.MethodPut, vmID("a"), vmBody("a", with("properties.priority", "Spot"))))
+		if text(st, "status") != "Failed" || text(st, "error.code") != code || text(st, "error.message") == "" {
+			t.Errorf("%s: %v", code, st)
+		}
+		if p := c.power("a"); p != map[bool]string{true: "running"}[code == provisioningTimedOut] {
+			t.Errorf("%s leaves the machine %q", code, p)
+		}
+		if code == provisioningTimedOut { // a PUT does not start it twice
+			c.finish(c.want(http.StatusOK, http.MethodPut, vmID("a"), vmBody("a", with("properties.priority", "Spot"))))
+		}
+		c.s.Inject(Fault{Method: "DELETE", Name: "a", AtEnd: true, Code: "InternalExecutionError"})
+		if st := c.finish(c.want(http.StatusAccepted, http.MethodDelete, vmID("a"), nil)); text(st, "error.code") != "InternalExecutionError" {
+			t.Errorf("a deletion that fails: %v", st)
+		}
+		if l := c.s.Leaks(nil); len(l) != 6 {
+			t.Errorf("after a deletion that failed there is %q", l)
+		}
+		for _, n := range []string{"a", "regular"} {
+			c.finish(c.want(http.StatusAccepted, http.MethodDelete, vmID(n), nil))
+		}
+		c.clock.Advance(3 * time.Minute)
+		if l := c.s.Leaks(nil); len(l) == 1 {
+			c.finish(c.want(http.StatusAccepted, http.MethodDelete, l[0], nil))
+		}
+		if l := c.s.Leaks(nil); len(l) != 0 {
+			t.Fatalf("%s: left %q", code, l)
+		}
+		c.login()
+	}
+}
+
 // TestRefusedCreate: what a PUT is refused with, and what that leaves.
 func TestRefusedCreate(t *testing.T) {
 	c := start(t, Config{Subnets: []Subnet{{CIDR: netip.MustParsePrefix("10.9.0.0/29")}}})

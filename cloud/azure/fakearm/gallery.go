@@ -16,50 +16,44 @@ import (
 
 // preload makes what exists from the start.
 func (s *Server) preload() {
-	now := s.cfg.Now().Add(-time.Hour)
-	mk := func(kindName, id string, doc map[string]any) *resource {
-		if r := s.resources[key(id)]; r != nil {
-			return r
-		}
-		doc["location"] = s.cfg.Region
-		put(doc, "properties.provisioningState", "Succeeded")
-		return s.add(now, kinds[strings.ToLower(kindName)], id, doc)
-	}
+	now := s.cfg.Now().Add(-time.Hour) // no list lags
 	for _, sn := range s.cfg.Subnets {
 		id := s.cfg.SubnetID(sn)
 		if sn.CIDR != sn.CIDR.Masked() || !sn.CIDR.IsValid() {
 			panic(fmt.Sprintf("fakearm: subnet %s: %s is no network", id, sn.CIDR))
 		}
 		net := id[:strings.LastIndex(id, "/subnets/")]
-		mk("Microsoft.Network/virtualNetworks", net, map[string]any{"properties": map[string]any{"addressSpace": map[string]any{"addressPrefixes": []any{
+		s.ensure(now, "Microsoft.Network/virtualNetworks", net, map[string]any{"properties": map[string]any{"addressSpace": map[string]any{"addressPrefixes": []any{
 			netip.PrefixFrom(sn.CIDR.Addr(), min(sn.CIDR.Bits(), 16)).Masked().String()}}}})
-		r := mk("Microsoft.Network/virtualNetworks/subnets", id, map[string]any{"properties": map[string]any{"addressPrefix": sn.CIDR.String()}})
+		r := s.ensure(now, "Microsoft.Network/virtualNetworks/subnets", id, map[string]any{"properties": map[string]any{"addressPrefix": sn.CIDR.String()}})
 		delete(r.doc, "location")
 	}
 	for _, name := range s.cfg.SecurityGroups {
-		mk("Microsoft.Network/networkSecurityGroups", s.cfg.SecurityGroupID(name), map[string]any{"properties": map[string]any{}})
+		s.ensure(now, "Microsoft.Network/networkSecurityGroups", s.cfg.SecurityGroupID(name), map[string]any{"properties": map[string]any{}})
 	}
 	for _, img := range s.cfg.Images {
-		s.addImage(now, img, mk)
+		s.addImage(now, img)
 	}
+}
+
+// ensure makes a resource that is as it should be, unless it exists. It needs mu.
+func (s *Server) ensure(now time.Time, kind, id string, doc map[string]any) *resource {
+	if r := s.resources[key(id)]; r != nil {
+		return r
+	}
+	doc["location"] = s.cfg.Region
+	put(doc, "properties.provisioningState", "Succeeded")
+	return s.add(now, kinds[strings.ToLower(kind)], id, doc)
 }
 
 // AddImage makes an image exist.
 func (s *Server) AddImage(img Image) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := s.cfg.Now()
-	s.addImage(now, img, func(kindName, id string, doc map[string]any) *resource {
-		if r := s.resources[key(id)]; r != nil {
-			return r
-		}
-		doc["location"] = s.cfg.Region
-		put(doc, "properties.provisioningState", "Succeeded")
-		return s.add(now, kinds[strings.ToLower(kindName)], id, doc)
-	})
+	s.addImage(s.cfg.Now(), img)
 }
 
-func (s *Server) addImage(now time.Time, img Image, mk func(kindName, id string, doc map[string]any) *resource) {
+func (s *Server) addImage(now time.Time, img Image) {
 	if !strings.HasPrefix(key(img.ID), "/subscriptions/") {
 		s.foreign[key(img.ID)] = img
 		return
@@ -73,18 +67,18 @@ func (s *Server) addImage(now time.Time, img Image, mk func(kindName, id string,
 		return
 	}
 	if p.kind().name == "Microsoft.Compute/images" {
-		mk(p.kind().name, img.ID, map[string]any{"properties": map[string]any{"hyperVGeneration": cmp.Or(img.Generation, "V2")}}).image = &img
+		s.ensure(now, p.kind().name, img.ID, map[string]any{"properties": map[string]any{"hyperVGeneration": cmp.Or(img.Generation, "V2")}}).image = &img
 		return
 	}
 	parts := strings.Split(img.ID, "/")
-	mk("Microsoft.Compute/galleries", strings.Join(parts[:9], "/"), map[string]any{"properties": map[string]any{}})
+	s.ensure(now, "Microsoft.Compute/galleries", strings.Join(parts[:9], "/"), map[string]any{"properties": map[string]any{}})
 	def := map[string]any{"osType": "Linux", "osState": cmp.Or(img.State, "Generalized"), "hyperVGeneration": cmp.Or(img.Generation, "V2"),
 		"architecture": cmp.Or(img.Arch, "x64"), "identifier": map[string]any{"publisher": "peerpods", "offer": "podvm", "sku": parts[10]}}
 	if img.SecurityType != "" {
 		def["features"] = []any{map[string]any{"name": "SecurityType", "value": img.SecurityType}}
 	}
-	mk("Microsoft.Compute/galleries/images", strings.Join(parts[:11], "/"), map[string]any{"properties": def})
-	mk("Microsoft.Compute/galleries/images/versions", img.ID, map[string]any{"properties": map[string]any{}}).image = &img
+	s.ensure(now, "Microsoft.Compute/galleries/images", strings.Join(parts[:11], "/"), map[string]any{"properties": def})
+	s.ensure(now, "Microsoft.Compute/galleries/images/versions", img.ID, map[string]any{"properties": map[string]any{}}).image = &img
 }
 
 // imageOf finds what a machine is to be made of. A gallery image without a version is

@@ -294,6 +294,8 @@ func (s *Server) evict(now time.Time, vm *resource) {
 			return
 		}
 		begun = true
+		s.preempt(vm.op, now)
+		vm.op = nil
 		m.incarnation++
 		m.events = slices.DeleteFunc(m.events, func(e scheduledEvent) bool { return e.id == id })
 		if text(vm.doc, "properties.evictionPolicy") == "Delete" {

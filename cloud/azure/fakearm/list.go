@@ -91,13 +91,17 @@ func (s *Server) groups(c *call) (*reply, *apiError) {
 	}
 	scope := "/" + strings.Join(seg, "/")
 	last := strings.ToLower(seg[len(seg)-1])
+	subscription := map[string]any{"id": "/subscriptions/" + s.cfg.Subscription, "subscriptionId": s.cfg.Subscription,
+		"tenantId": s.cfg.Tenant, "displayName": "fakearm", "state": "Enabled"}
 	switch {
-	case len(seg) == 2 && strings.EqualFold(seg[0], "subscriptions"):
+	case len(seg) <= 2 && strings.EqualFold(seg[0], "subscriptions"):
 		if err := c.authorize("Microsoft.Resources/subscriptions/read", scope); err != nil {
 			return nil, err
 		}
-		return &reply{status: http.StatusOK, body: map[string]any{"id": "/subscriptions/" + s.cfg.Subscription, "subscriptionId": s.cfg.Subscription,
-			"tenantId": s.cfg.Tenant, "displayName": "fakearm", "state": "Enabled"}}, nil
+		if len(seg) == 1 {
+			return s.page(c, 1, func(int) any { return subscription })
+		}
+		return &reply{status: http.StatusOK, body: subscription}, nil
 	case len(seg) == 3 && last == "resourcegroups":
 		if err := c.authorize("Microsoft.Resources/subscriptions/resourceGroups/read", scope); err != nil {
 			return nil, err

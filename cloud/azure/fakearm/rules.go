@@ -51,9 +51,9 @@ func (s *Server) putGroup(c *call, old *resource) (*reply, *apiError) {
 // putRule makes one rule of a group.
 func (s *Server) putRule(c *call, old *resource) (*reply, *apiError) {
 	id := c.path.id(s)
-	group := s.resources[key(id[:strings.LastIndex(id, "/securityRules/")])]
-	if group == nil {
-		return nil, &apiError{status: http.StatusNotFound, code: "ParentResourceNotFound", message: "Can not perform requested operation on nested resource. Parent resource '" + c.path.names[0] + "' not found."}
+	group, err := s.parent(c, "/securityRules/")
+	if err != nil {
+		return nil, err
 	}
 	if err := checkRule(c.body, ""); err != nil {
 		return nil, err
@@ -136,9 +136,8 @@ func goodPrefix(p string) bool {
 // putSubnet makes a subnet of a network.
 func (s *Server) putSubnet(c *call, old *resource) (*reply, *apiError) {
 	id := c.path.id(s)
-	vnet := s.resources[key(id[:strings.LastIndex(id, "/subnets/")])]
-	if vnet == nil {
-		return nil, &apiError{status: http.StatusNotFound, code: "ParentResourceNotFound", message: "Can not perform requested operation on nested resource. Parent resource '" + c.path.names[0] + "' not found."}
+	if _, err := s.parent(c, "/subnets/"); err != nil {
+		return nil, err
 	}
 	cidr, err := netip.ParsePrefix(text(c.body, "properties.addressPrefix"))
 	if err != nil || cidr.Masked() != cidr {

@@ -58,7 +58,7 @@ func (s *Server) putVM(c *call, old *resource) (*reply, *apiError) {
 	if err != nil {
 		return nil, err
 	}
-	if old != nil && text(old.doc, "properties.provisioningState") != "Failed" {
+	if old != nil && (text(old.doc, "properties.provisioningState") != "Failed" || old.vm.power == "running") {
 		return s.replaceVM(c, old, plan)
 	}
 	if err := s.checkQuota(plan, old); err != nil {
@@ -219,7 +219,10 @@ func (s *Server) changeVM(c *call, vm *resource, size Size, status int) (*reply,
 	m.size = size
 	put(vm.doc, "properties.hardwareProfile.vmSize", size.Name)
 	put(vm.doc, "properties.provisioningState", "Updating")
-	vm.failed = nil
+	vm.failed = func(now time.Time, err *apiError) {
+		put(vm.doc, "properties.provisioningState", "Failed")
+		m.failure, m.failedAt = err, now
+	}
 	op := s.begin(c, vm, s.cfg.Timing.Update, func(time.Time) *apiError {
 		put(vm.doc, "properties.provisioningState", "Succeeded")
 		return nil
