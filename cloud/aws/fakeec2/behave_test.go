@@ -128,6 +128,10 @@ func TestFaults(t *testing.T) {
 			t.Errorf("the token made another: %d instances, want %d", n, before+1)
 		}
 
+		s.Inject(Fault{Action: "RunInstances", Times: 1, Dies: &Error{Code: "Client.VolumeLimitExceeded", Message: "Volume limit exceeded"}})
+		if state := c.state(c.run()); state != terminated {
+			t.Errorf("an instance that was to die is %s", state)
+		}
 		s.Inject(Fault{Action: "DescribeInstances", Times: 1, Malformed: true})
 		var e *Error
 		if _, err := c.try("DescribeInstances"); err == nil || errors.As(err, &e) {
@@ -236,6 +240,21 @@ func TestCredentials(t *testing.T) {
 		t.Errorf("a launch with tags, and no permission to tag: %v", err)
 	}
 	limited.do("GetCallerIdentity")
+	// Parts of a launch need permissions of their own.
+	for denied, more := range map[string][]string{"ec2:CreateTags": nil, "iam:PassRole": {"IamInstanceProfile.Name", "node"}} {
+		limited.key.Allow, limited.key.Deny = nil, []string{denied}
+		s.SetKey(limited.key)
+		if _, err := limited.try("RunInstances", launch(more...)...); err == nil || !strings.Contains(err.Error(), "perform: "+denied) {
+			t.Errorf("a launch without %s: %v", denied, err)
+		}
+	}
+	limited.key.Deny = []string{"kms:*"}
+	s.SetKey(limited.key)
+	id := limited.run("BlockDeviceMapping.1.DeviceName", "/dev/xvda", "BlockDeviceMapping.1.Ebs.Encrypted", "true", "BlockDeviceMapping.1.Ebs.KmsKeyId", "alias/mine")
+	if i := c.do("DescribeInstances", "InstanceId.1", id).all("reservationSet/item/instancesSet/item")[0]; i.at("instanceState/name") != terminated ||
+		i.at("stateReason/code") != "Client.InternalError" {
+		t.Errorf("a launch with a key that may not be used: %s for %s", i.at("instanceState/name"), i.at("stateReason/code"))
+	}
 	s.RemoveKey(limited.key.ID)
 	limited.fails("AuthFailure", "DescribeInstances")
 

@@ -85,6 +85,7 @@ type ebsCall struct {
 	s     *Server
 	r     *http.Request
 	body  []byte
+	key   *Key
 	now   time.Time
 	id    string // of the snapshot, "" for StartSnapshot
 	block int
@@ -185,7 +186,7 @@ func (s *Server) ebs(action string, c *ebsCall) (ebsReply, Fault, error) {
 	if f.Err != nil {
 		return ebsReply{}, f, f.Err
 	}
-	c.now = s.cfg.Now()
+	c.now, c.key = s.cfg.Now(), key
 	reply, err := do(c)
 	return reply, f, err
 }
@@ -208,6 +209,9 @@ func (c *ebsCall) start() (ebsReply, error) {
 	}
 	if in.ParentSnapshotId != "" {
 		return ebsReply{}, ebsError(400, "ValidationException", "INVALID_PARAMETER_VALUE", "This emulation makes no incremental snapshots: ParentSnapshotId")
+	}
+	if len(in.Tags) > 0 && !c.key.may("ec2:CreateTags") {
+		return ebsReply{}, ebsError(403, "AccessDeniedException", "UNAUTHORIZED_ACCOUNT", "User: %s is not authorized to perform: ec2:CreateTags", c.s.arn(c.key))
 	}
 	tags := map[string]string{}
 	for _, t := range in.Tags {

@@ -21,6 +21,9 @@ type Fault struct {
 	// Partial has RunInstances fail with this error after volume and network
 	// interface were made, which stay.
 	Partial *Error
+	// Dies has RunInstances succeed, and the instance terminated with this code and
+	// message where it would have been running.
+	Dies *Error
 	// Lost closes the connection after the effect; Hang answers nothing until the
 	// caller leaves; Malformed cuts the reply's XML short; Slow writes the reply's
 	// body one byte at a time, so long apart.

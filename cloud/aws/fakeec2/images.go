@@ -133,7 +133,7 @@ func (s *Server) registerImage(c *call) (obj, error) {
 	if !slices.ContainsFunc(i.mappings, func(m mapping) bool { return m.device == i.RootDevice && m.snapshot != "" }) {
 		return nil, errorf(400, "InvalidBlockDeviceMapping", "The root device '%s' must be among the block devices, with a snapshot", i.RootDevice)
 	}
-	tags, err := tagsFor(c.params, "image", "snapshot")
+	tags, err := s.tagsFor(c, "image", "snapshot")
 	if err != nil {
 		return nil, err
 	}
@@ -146,10 +146,14 @@ func (s *Server) registerImage(c *call) (obj, error) {
 	return obj{"imageId": i.id}, nil
 }
 
-// tagsFor reads TagSpecification, in which only the kinds may be.
-func tagsFor(p *params, kinds ...string) (map[string]map[string]string, error) {
+// tagsFor reads TagSpecification, in which only the kinds may be; to tag is a
+// permission of its own.
+func (s *Server) tagsFor(c *call, kinds ...string) (map[string]map[string]string, error) {
 	all := map[string]map[string]string{}
-	for _, t := range p.all("TagSpecification") {
+	if c.has("TagSpecification") && !c.key.may("ec2:CreateTags") {
+		return nil, s.unauthorized(c.key, "ec2:CreateTags")
+	}
+	for _, t := range c.all("TagSpecification") {
 		kind := t.str("ResourceType")
 		if !slices.Contains(kinds, kind) {
 			return nil, errorf(400, "InvalidParameterValue", "'%s' is not a valid taggable resource type for this operation.", kind)
@@ -174,6 +178,9 @@ func (s *Server) deregisterImage(c *call) (obj, error) {
 			return nil, errorf(400, "InvalidAMIID.Unavailable", "The image ID '%s' is no longer available", id)
 		}
 		return nil, unknownID("ami-", id)
+	}
+	if c.bool("DeleteAssociatedSnapshots") && !c.key.may("ec2:DeleteSnapshot") {
+		return nil, s.unauthorized(c.key, "ec2:DeleteSnapshot")
 	}
 	if err := c.dryRun(); err != nil {
 		return nil, err

@@ -155,13 +155,61 @@ func (s *Server) check(c *call, p *params) (*plan, error) {
 		return nil, errorf(400, "InvalidParameterValue", "The value of MinCount (%d) must be at least 1 and at most MaxCount (%d)", p.num("MinCount"), l.n)
 	}
 	for _, step := range []func(*call, *plan) error{
-		s.checkImage, s.checkType, s.checkNetwork, s.checkUserData, s.checkTags, s.checkMetadata, s.checkPlacement, s.checkBlocks,
+		s.checkHonoured, s.checkImage, s.checkType, s.checkNetwork, s.checkUserData, s.checkTags, s.checkMetadata, s.checkPlacement, s.checkBlocks, s.checkPermissions,
 	} {
 		if err := step(c, l); err != nil {
 			return nil, err
 		}
 	}
 	return l, nil
+}
+
+// honoured are the parameters of a launch that this emulation acts on, by their path
+// without the numbers of lists. Any other is refused: to take what it does not do would
+// be to say that it was done.
+var honoured = func() map[string]bool {
+	all := map[string]bool{}
+	for _, p := range strings.Fields(`
+		BlockDeviceMapping.DeviceName BlockDeviceMapping.NoDevice BlockDeviceMapping.Ebs.DeleteOnTermination
+		BlockDeviceMapping.Ebs.Encrypted BlockDeviceMapping.Ebs.Iops BlockDeviceMapping.Ebs.KmsKeyId
+		BlockDeviceMapping.Ebs.SnapshotId BlockDeviceMapping.Ebs.Throughput BlockDeviceMapping.Ebs.VolumeSize
+		BlockDeviceMapping.Ebs.VolumeType ClientToken CpuOptions.AmdSevSnp DisableApiTermination DryRun
+		EbsOptimized EnclaveOptions.Enabled HibernationOptions.Configured IamInstanceProfile.Arn IamInstanceProfile.Name
+		ImageId InstanceInitiatedShutdownBehavior InstanceMarketOptions.MarketType
+		InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior InstanceMarketOptions.SpotOptions.MaxPrice
+		InstanceMarketOptions.SpotOptions.SpotInstanceType InstanceType KeyName LaunchTemplate.LaunchTemplateId
+		LaunchTemplate.LaunchTemplateName LaunchTemplate.Version MaxCount MetadataOptions.HttpEndpoint
+		MetadataOptions.HttpPutResponseHopLimit MetadataOptions.HttpTokens MetadataOptions.InstanceMetadataTags
+		MinCount Monitoring.Enabled NetworkInterface.AssociatePublicIpAddress NetworkInterface.DeleteOnTermination
+		NetworkInterface.Description NetworkInterface.DeviceIndex NetworkInterface.NetworkInterfaceId
+		NetworkInterface.PrivateIpAddress NetworkInterface.SecurityGroupId NetworkInterface.SubnetId
+		Placement.AvailabilityZone Placement.GroupName Placement.Tenancy PrivateIpAddress SecurityGroup
+		SecurityGroupId SubnetId TagSpecification.ResourceType TagSpecification.Tag.Key TagSpecification.Tag.Value UserData`) {
+		all[p] = true
+	}
+	return all
+}()
+
+// checkHonoured refuses what the service does and this emulation does not.
+func (s *Server) checkHonoured(_ *call, l *plan) error {
+	for _, p := range l.p.paths("") {
+		if !honoured[p] {
+			return errorf(400, "UnsupportedOperation", "This emulation does not do what %s asks for", p)
+		}
+	}
+	return nil
+}
+
+// checkPermissions asks for those that the parts of a launch need beside its own
+// ("Grant permission to tag Amazon EC2 resources during creation", User Guide).
+func (s *Server) checkPermissions(c *call, l *plan) error {
+	if len(l.tags) > 0 && !c.key.may("ec2:CreateTags") {
+		return s.unauthorized(c.key, "ec2:CreateTags")
+	}
+	if l.p.has("IamInstanceProfile") && !c.key.may("iam:PassRole") {
+		return s.unauthorized(c.key, "iam:PassRole")
+	}
+	return nil
 }
 
 func (s *Server) checkImage(c *call, l *plan) error {

@@ -102,6 +102,8 @@ func TestRefusals(t *testing.T) {
 		{"InvalidParameterCombination", "On-Demand", []string{"TagSpecification.4.ResourceType", "spot-instances-request", "TagSpecification.4.Tag.1.Key", "a"}},
 		{"InvalidParameterValue", "1-64", []string{"MetadataOptions.HttpPutResponseHopLimit", "0"}},
 		{"InvalidLaunchTemplateName.NotFoundException", "lost", []string{"LaunchTemplate.LaunchTemplateName", "lost"}},
+		{"UnsupportedOperation", "Ipv6AddressCount", []string{"Ipv6AddressCount", "1"}},
+		{"UnsupportedOperation", "NetworkInterface.InterfaceType", []string{"SubnetId", none, "NetworkInterface.1.DeviceIndex", "0", "NetworkInterface.1.InterfaceType", "efa"}},
 		{"InvalidParameterValue", "does not fall within", []string{"PrivateIpAddress", "10.0.1.9"}},
 	} {
 		_, err := c.try("RunInstances", launch(tt.more...)...)

@@ -32,8 +32,25 @@ func (s *Server) makeInstance(c *call, l *plan, reservation string, index int) *
 		i.spot = s.makeSpot(c, l, i)
 	}
 	i.phases = []phase{{at: c.now, seen: c.now, state: pending}}
+	if why := s.stillborn(c, l); why != nil {
+		i.reason = [2]string{why.Code, why.Code + ": " + why.Message}
+		s.enter(i, c.now.Add(s.cfg.StartTime), terminated)
+		return i
+	}
 	s.begin(i, c.now)
 	return i
+}
+
+// stillborn tells why an instance that was accepted never runs, nil if it does. A
+// caller that may not use a key finds out like this ("Instance terminates
+// immediately", User Guide).
+func (s *Server) stillborn(c *call, l *plan) *Error {
+	for _, b := range l.blocks {
+		if b.kms != "" && !c.key.may("kms:CreateGrant") {
+			return &Error{Code: "Client.InternalError", Message: "Client error on launch"}
+		}
+	}
+	return c.fault.Dies
 }
 
 // begin has a pending instance run, with its machine if there is a Host.

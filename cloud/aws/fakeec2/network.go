@@ -264,7 +264,7 @@ func (s *Server) authorizeIngress(c *call) (obj, error) {
 	if err != nil {
 		return nil, err
 	}
-	tags, err := tagsFor(c.params, "security-group-rule")
+	tags, err := s.tagsFor(c, "security-group-rule")
 	if err != nil {
 		return nil, err
 	}

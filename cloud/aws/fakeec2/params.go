@@ -177,6 +177,27 @@ func (s *schema) check(m member, name, v string) error {
 	return nil
 }
 
+// paths are the names of all values, without the numbers of lists, sorted.
+func (p *params) paths(prefix string) []string {
+	var out []string
+	for n := range p.text {
+		out = append(out, prefix+n)
+	}
+	for n := range p.texts {
+		out = append(out, prefix+n)
+	}
+	for n, sub := range p.sub {
+		out = append(out, sub.paths(prefix+n+".")...)
+	}
+	for n, list := range p.subs {
+		for _, sub := range list {
+			out = append(out, sub.paths(prefix+n+".")...)
+		}
+	}
+	sort.Strings(out)
+	return slices.Compact(out)
+}
+
 // The accessors take the name on the wire. A parameter that is absent is the zero
 // value; on a nil *params, which stands for an absent structure, everything is.
 

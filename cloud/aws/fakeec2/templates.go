@@ -101,7 +101,7 @@ func (s *Server) createTemplate(c *call) (obj, error) {
 			return nil, errorf(400, "InvalidLaunchTemplateName.AlreadyExistsException", "Launch template name already in use.")
 		}
 	}
-	tags, err := tagsFor(c.params, "launch-template")
+	tags, err := s.tagsFor(c, "launch-template")
 	if err != nil {
 		return nil, err
 	}
