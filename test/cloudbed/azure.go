@@ -21,9 +21,15 @@ func newAzure(cfg Config, host emulation.Host) provider {
 		},
 		Host: host, Dir: cfg.Dir,
 	}
+	if host != nil { // real guests report that they are ready
+		c.ReportTimeout = reportTimeout
+	}
 	c.Images = []fakearm.Image{{ID: c.ImageID("", "", azureVersion), Path: cfg.Image}}
 	return azure{fakearm.New(c)}
 }
+
+// reportTimeout is how long the cloud waits for a machine to say that it is ready.
+const reportTimeout = 10 * time.Minute
 
 // azureVersion is that of the pod VM image in the gallery.
 const azureVersion = "1.0.0"

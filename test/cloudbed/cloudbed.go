@@ -29,6 +29,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/kata-remote/kata-remote/cloud/azure/fakearm"
 	"github.com/kata-remote/kata-remote/cloud/emulation"
 	"github.com/kata-remote/kata-remote/cloud/local"
 	"github.com/kata-remote/kata-remote/podvm/image"
@@ -78,7 +79,7 @@ type Cloud struct {
 	server   *http.Server
 	served   chan error
 	asked    atomic.Int64 // requests to the metadata service
-	ready    atomic.Int64 // reports to the wire server
+	told     atomic.Int64 // requests to the wire server
 	started  atomic.Int64 // machines
 }
 
@@ -91,6 +92,10 @@ type provider interface {
 	leaks() error
 	close()
 }
+
+// WireServer is where Azure's hosts listen to their machines, which tell it that they
+// are ready.
+var WireServer = netip.MustParseAddr(fakearm.WireServerAddr)
 
 // kind is how a cloud is emulated.
 type kind struct {
@@ -194,8 +199,8 @@ func (c *Cloud) Leaks() error { return c.emulated.leaks() }
 // MetadataRequests is how many requests the metadata service has had.
 func (c *Cloud) MetadataRequests() int64 { return c.asked.Load() }
 
-// Ready is how many reports of machines that they are ready Azure's wire server has had.
-func (c *Cloud) Ready() int64 { return c.ready.Load() }
+// WireServerRequests is how many requests Azure's wire server has had.
+func (c *Cloud) WireServerRequests() int64 { return c.told.Load() }
 
 // leftIn makes an error of what is left in a cloud.
 func leftIn(left []string) error {
@@ -235,10 +240,10 @@ type counting struct {
 func (h counting) Start(ctx context.Context, m emulation.Machine) error {
 	h.cloud.started.Add(1)
 	if inner := m.Metadata; inner != nil {
-		wire := wireServer{machine: m.ID, ready: func() { h.cloud.ready.Add(1) }}
 		m.Metadata = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if h.cloud.cfg.Provider == "azure" && r.Host == WireServer.String() {
-				wire.ServeHTTP(w, r)
+			if r.Host == WireServer.String() {
+				h.cloud.told.Add(1)
+				inner.ServeHTTP(w, r)
 				return
 			}
 			h.cloud.asked.Add(1)

@@ -138,8 +138,8 @@ func (s *Scenario) checkCapture(context.Context) (string, error) {
 // are in its user data.
 func (s *Scenario) checkMetadata(ctx context.Context) (string, error) {
 	// Azure's machines have their user data on a CD, and report to another service.
-	asked, ready := s.cloud.MetadataRequests(), s.cloud.Ready()
-	if asked+ready == 0 {
+	asked, told := s.cloud.MetadataRequests(), s.cloud.WireServerRequests()
+	if asked+told == 0 {
 		return "", fmt.Errorf("no machine was ever answered")
 	}
 	out, err := s.app.Exec(ctx, "sh", "-c", fmt.Sprintf(
@@ -147,5 +147,5 @@ func (s *Scenario) checkMetadata(ctx context.Context) (string, error) {
 	if err == nil && (!strings.Contains(out, "ended with ") || strings.Contains(out, "HTTP/")) {
 		err = fmt.Errorf("the pod got %q", out)
 	}
-	return fmt.Sprintf("machines asked %d times, and reported to be ready %d times", asked, ready), err
+	return fmt.Sprintf("machines asked it %d times, and Azure's wire server %d times", asked, told), err
 }

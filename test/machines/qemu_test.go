@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -166,11 +167,13 @@ func TestStartFails(t *testing.T) {
 	}
 }
 
+// nobody is user data that names no pod.
+const nobody = "#cloud-config\nwrite_files:\n- path: /run/peerpod/auth.json\n  content: |\n      {}\n"
+
 // TestGuests boots the pod VM image where EC2's metadata service is, and where Azure's
 // CD is. Each is told nothing it could be, so that it says whom it asked and ends.
 func TestGuests(t *testing.T) {
 	h := newTestHost(t, testConfig(t))
-	const nobody = "#cloud-config\nwrite_files:\n- path: /run/peerpod/auth.json\n  content: |\n      {}\n"
 	ec2, ec2Ended := bootable(t, 4, "")
 	ec2.Vendor, ec2.Product = "Amazon EC2", "t3.small"
 	var service http.ServeMux
@@ -200,6 +203,41 @@ func TestGuests(t *testing.T) {
 		if want := "user data from " + source + ": write_files has no"; err != nil || !strings.Contains(string(console), want) {
 			t.Errorf("machine %s says\n%s\n(%v), want %q", id, console, err, want)
 		}
+	}
+}
+
+// TestDisk starts the image's disk by UEFI, as an NVMe drive: its guest asks for its
+// user data and ends, and the disk is as it was.
+func TestDisk(t *testing.T) {
+	disk := filepath.Join(podvmImage(t), "disk.raw")
+	before, err := os.Stat(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := testConfig(t)
+	cfg.NVMe = true
+	h := newTestHost(t, cfg)
+	m, ended := bootable(t, 4, "")
+	m.Image, m.Vendor = disk, "Amazon EC2"
+	var service http.ServeMux
+	var asked atomic.Int32
+	service.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "token") })
+	service.HandleFunc("GET /latest/user-data", func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		io.WriteString(w, nobody)
+	})
+	service.HandleFunc("GET /", http.NotFound)
+	m.Metadata = &service
+	if err := h.Start(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	if n := asked.Load(); n != 1 {
+		console, err := h.Console(m.ID)
+		t.Errorf("it asked for its user data %d times; its console: %s (%v)", n, console, err)
+	}
+	if after, err := os.Stat(disk); err != nil || after.ModTime() != before.ModTime() {
+		t.Errorf("the disk was written to (%v)", err)
 	}
 }
 
