@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -147,6 +148,41 @@ func TestHostFails(t *testing.T) {
 		c.s.Close()
 		if len(h.running()) != 0 {
 			t.Errorf("after Close: %v", h.running())
+		}
+	})
+}
+
+// TestConcurrent: many clients at once, each with a machine of its own.
+func TestConcurrent(t *testing.T) {
+	hosted(t, func(t *testing.T, c *client, h *host) {
+		var wg sync.WaitGroup
+		for i := range 40 {
+			wg.Go(func() {
+				name := "m" + strconv.Itoa(i)
+				a, err := c.try(c.request(http.MethodPut, vmID(name), vmBody(name)))
+				if err != nil || a.status != http.StatusCreated {
+					t.Errorf("PUT %s: %d %v %s", name, a.status, err, a.raw)
+				}
+				time.Sleep(time.Duration(i) * 500 * time.Millisecond)
+				a, err = c.try(c.request(http.MethodDelete, vmID(name), nil))
+				if err != nil || a.status != http.StatusAccepted {
+					t.Errorf("DELETE %s: %d %v %s", name, a.status, err, a.raw)
+				}
+			})
+		}
+		time.Sleep(10 * time.Second)
+		addrs := map[string]bool{}
+		for _, m := range h.running() {
+			addrs[m.Addr.String()+m.MAC] = true
+		}
+		if len(addrs) == 0 || len(addrs) != len(h.running()) {
+			t.Errorf("%d machines with %d addresses", len(h.running()), len(addrs))
+		}
+		wg.Wait()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if l := c.s.Leaks(nil); len(l) != 0 || len(h.running()) != 0 {
+			t.Errorf("left: %q, %v", l, h.running())
 		}
 	})
 }
