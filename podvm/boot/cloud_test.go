@@ -3,6 +3,8 @@
 package boot
 
 import (
+	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"net"
@@ -11,7 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/ttrpc"
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/kata-remote/kata-remote/agent-protocol/podvmpb"
 	"github.com/kata-remote/kata-remote/netns/nstest"
 	"github.com/kata-remote/kata-remote/podvm/dhcp/dhcptest"
 )
@@ -64,7 +68,7 @@ var (
 	azureSMBIOS = []string{"-smbios", "type=3,asset=7783-7084-3265-9085-8269-3286-77"}
 )
 
-// ec2Metadata is EC2's service, version 2, with user data and nothing else.
+// ec2Metadata is EC2's service, version 2, with user data and a spot interruption.
 func ec2Metadata(doc string) http.Handler {
 	var h http.ServeMux
 	h.HandleFunc("PUT /latest/api/token", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "AQAE-token==") })
@@ -74,6 +78,10 @@ func ec2Metadata(doc string) http.Handler {
 			w.WriteHeader(http.StatusUnauthorized)
 		case r.URL.Path == "/latest/user-data":
 			fmt.Fprint(w, doc)
+		case r.URL.Path == "/latest/meta-data/instance-life-cycle":
+			fmt.Fprint(w, "spot")
+		case r.URL.Path == "/latest/meta-data/spot/instance-action":
+			fmt.Fprint(w, `{"action": "terminate", "time": "2026-11-22T12:00:05Z"}`)
 		default:
 			w.WriteHeader(http.StatusNotFound)
 		}
@@ -102,6 +110,7 @@ func TestBootedInClouds(t *testing.T) {
 		c := newCredentials(t)
 		v := startInCloud(t, ec2Metadata(userData(t, c.config())), "", ec2SMBIOS...)
 		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
+		wantTaken(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 		v.waitFor(`"step":"cpus"`)
 		wantMarks(t, v.output(), "cpus", "root", "modules", "seed", "nic", "tunnel", "agent", "listening")
 	})
@@ -110,4 +119,17 @@ func TestBootedInClouds(t *testing.T) {
 		v := startInCloud(t, azureMetadata(), azureCD(t, userData(t, c.config())), azureSMBIOS...)
 		askAgent(t, v.dial(guestAddr+":15150"), c.tlsConfig(c.client))
 	})
+}
+
+// wantTaken asks the agent what the cloud announces, which is what the metadata service has.
+func wantTaken(t *testing.T, raw net.Conn, cfg *tls.Config) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	c := ttrpc.NewClient(tls.Client(raw, cfg))
+	defer c.Close()
+	n, err := podvmpb.NewPodVMClient(c).WaitNotice(ctx, &podvmpb.WaitNoticeRequest{})
+	if err != nil || n.Kind != podvmpb.NoticeKind_NOTICE_KIND_TAKEN || n.DeadlineUnixMs != time.Date(2026, 11, 22, 12, 0, 5, 0, time.UTC).UnixMilli() {
+		t.Errorf("notice %v, %v", n, err)
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/podvm/bootconf"
 	"github.com/kata-remote/kata-remote/podvm/dhcp"
@@ -33,6 +34,7 @@ type Primary struct {
 // AcquirePrimary waits for the VM's first network interface that is no virtual one, in
 // the caller's network namespace, and gives it the address, routes and MTU that a DHCP
 // server says. ctx bounds the wait for the server. Unavailable: none gave an address.
+// NotFound: there is no interface.
 func AcquirePrimary(ctx context.Context) (*Primary, error) {
 	return acquirePrimary(ctx, "/sys")
 }
@@ -104,7 +106,7 @@ func primaryLink(ctx context.Context, sys string) (netlink.Link, error) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("the machine has no network interface (it has: %s): is its driver in the image?", strings.Join(names, " "))
+			return nil, fmt.Errorf("the machine has no network interface (it has: %s): is its driver in the image? %w", strings.Join(names, " "), errdefs.ErrNotFound)
 		}
 	}
 }
