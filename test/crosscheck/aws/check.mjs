@@ -112,7 +112,7 @@ await check("refusals have the service's names", async () => {
   await refused("InvalidInstanceID.NotFound", describe("i-00000000"));
   await refused("InvalidInstanceID.Malformed", describe("x"));
   await refused("InvalidParameterValue", send("DescribeInstances", { Filters: [{ Name: "nothing", Values: ["x"] }] }));
-  await refused("UnauthorizedOperation", send("DeleteSnapshot", { SnapshotId: "snap-00000000" }));
+  await refused("UnauthorizedOperation", send("DeleteVolume", { VolumeId: "vol-00000000" }));
 });
 
 await check("pages of instances", async () => {

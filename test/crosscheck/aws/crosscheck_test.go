@@ -49,7 +49,7 @@ func TestJavaScript(t *testing.T) {
 	late := s.Inject(fakeec2.Fault{Action: "RunInstances", Type: "m6a.xlarge", Skip: 1, Times: 1,
 		Err: &fakeec2.Error{Status: 503, Code: "RequestLimitExceeded", Message: "Request limit exceeded."}})
 	key := fakeec2.DefaultKey
-	key.Deny = []string{"ec2:DeleteSnapshot"}
+	key.Deny = []string{"ec2:DeleteVolume"}
 	s.SetKey(key)
 	script, err := os.ReadFile("check.mjs")
 	if err != nil {
