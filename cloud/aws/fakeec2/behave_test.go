@@ -257,8 +257,13 @@ func TestCredentials(t *testing.T) {
 	}
 	s.RemoveKey(limited.key.ID)
 	limited.fails("AuthFailure", "DescribeInstances")
+}
 
-	// A role by web identity.
+// TestTemporaryCredentials: a role by web identity, and how old a signature may be.
+func TestTemporaryCredentials(t *testing.T) {
+	now := newClock()
+	s := New(Config{Now: now.now, MaxSkew: 5 * time.Minute})
+	c := newClient(t, s)
 	jwt := func(aud string, exp time.Time) string {
 		part := func(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 		return part(`{"alg":"RS256"}`) + "." + part(fmt.Sprintf(`{"sub":"system:serviceaccount:kube-system:caa","aud":[%q],"exp":%d}`, aud, exp.Unix())) + ".c2ln"
@@ -283,14 +288,16 @@ func TestCredentials(t *testing.T) {
 	slow := newClient(t, s)
 	slow.s = &Server{cfg: Config{Now: func() time.Time { return now.at.Add(-6 * time.Minute) }, Region: DefaultRegion}}
 	form := "Action=DescribeVpcs&Version=" + ec2Version
-	if r, err = http.NewRequest(http.MethodPost, "http://ec2.test/", strings.NewReader(form)); err != nil {
+	r, err := http.NewRequest(http.MethodPost, "http://ec2.test/", strings.NewReader(form))
+	if err != nil {
 		t.Fatal(err)
 	}
 	slow.sign(r, "ec2", []byte(form))
-	if resp, err = s.Transport().RoundTrip(r); err != nil {
+	resp, err := s.Transport().RoundTrip(r)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if text, err = io.ReadAll(resp.Body); err != nil || !strings.Contains(string(text), "<Code>RequestExpired</Code>") {
+	if text, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(text), "<Code>RequestExpired</Code>") {
 		t.Errorf("signed six minutes ago: %s %v", text, err)
 	}
 }
