@@ -13,6 +13,10 @@
 //
 //	network card ─▶ DHCP ─▶ metadata service ─▶ seed ─▶ tunnel, agent
 //
+// Started from a disk image, the agent also comes after the swap on the rest of that disk
+// (podvm/scratch), whose size it counts. Drivers for hardware that comes later are loaded
+// as long as the machine runs (podvm/kmod).
+//
 // As a service of an ordinary system (RunService): the configuration is a file and
 // the network is there, so only tunnel, agent and listening are left. Such a system may
 // bring a kata-agent of its own, which podvmd then stands before (docs/interop.md).

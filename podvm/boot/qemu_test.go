@@ -35,7 +35,7 @@ import (
 const (
 	// patience is for what takes a few seconds on an idle machine and must not fail
 	// on a busy one.
-	patience = 3 * time.Minute
+	patience = 5 * time.Minute
 	poll     = 20 * time.Millisecond
 
 	nodeAddr  = "192.168.213.1/24"

@@ -264,7 +264,7 @@ func buildInputs(t *testing.T) (Config, DiskConfig) {
 	podvmd := filepath.Join(source, "podvmd")
 	build := exec.Command("go", "build", "-o", podvmd, ".")
 	build.Dir = source
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=amd64", "GOFLAGS=")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=amd64")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
