@@ -223,20 +223,24 @@ func (m *making) try(ctx context.Context, c candidate) (*cloud.Instance, error) 
 		body:   m.p.body(m.req, m.things, c, z, m.key),
 	})
 	var refused *apiError
-	if errors.As(err, &refused) && (refused.status == http.StatusPreconditionFailed || refused.code == "PropertyChangeNotAllowed") {
-		vm, err := m.p.getVM(ctx, m.things)
-		if missing(err) {
+	if errors.As(err, &refused) && refused.status != http.StatusTooManyRequests {
+		// It may exist all the same: made by another process, or by a request whose
+		// answer was lost. What is refused then is not what was made.
+		exists, inst, err := m.existing(ctx, c)
+		if exists && inst == nil && err == nil && m.p.none.why(c) == nil {
+			return m.try(ctx, c) // there was no capacity for that one, and it is gone
+		}
+		if exists || err != nil {
+			return inst, err
+		}
+		switch {
+		case refused.status == http.StatusPreconditionFailed:
 			return nil, fmt.Errorf("%s existed a moment ago: %w", m.name, errdefs.ErrUnavailable)
-		}
-		if err != nil {
-			return nil, err
-		}
-		return m.adopt(ctx, vm, m.operationOf(c))
-	}
-	if err != nil {
-		if missing(err) && refused.code != "ResourceGroupNotFound" {
+		case missing(refused) && refused.code != "ResourceGroupNotFound":
 			refused.status = http.StatusBadRequest // something that the request names is not there
 		}
+	}
+	if err != nil {
 		return nil, m.failed(ctx, c, err)
 	}
 	var vm *vmView
@@ -250,6 +254,20 @@ func (m *making) try(ctx context.Context, c candidate) (*cloud.Instance, error) 
 		}
 	}
 	return m.finish(ctx, c, vm, op)
+}
+
+// existing adopts the VM if there is one. Nil and nil although there was one: there was
+// no capacity for it, and it is removed.
+func (m *making) existing(ctx context.Context, c candidate) (exists bool, inst *cloud.Instance, err error) {
+	vm, err := m.p.getVM(ctx, m.things)
+	switch {
+	case missing(err), errdefs.IsPermissionDenied(err):
+		return false, nil, nil // the refusal says more
+	case err != nil:
+		return false, nil, err
+	}
+	inst, err = m.adopt(ctx, vm, m.operationOf(c))
+	return true, inst, err
 }
 
 // operationOf is the operation of an earlier attempt at the same candidate.

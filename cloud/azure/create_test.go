@@ -319,7 +319,44 @@ func TestBadReplies(t *testing.T) {
 	}
 }
 
-// TestNotDefinite: an operation that fails at its end for no lack of capacity ends the
+// TestRefusedThoughMade: a refusal does not take away what another process has made with
+// the token, nor what a lost answer was about.
+func TestRefusedThoughMade(t *testing.T) {
+	for _, code := range []string{"SkuNotAvailable", "OperationNotAllowed", "SomethingNew"} {
+		inWorld(t, fakearm.Config{}, func(w *world) {
+			p := w.provider()
+			req := request(p)
+			made := w.create(p, req)
+			id := w.only().MachineID
+			w.arm.Inject(fakearm.Fault{Method: http.MethodPut, Type: vms, Code: code, Count: -1})
+			if again := w.create(w.provider(), req); again.ID != made.ID || w.only().MachineID != id {
+				t.Errorf("%s: %s, then %s", code, made.ID, again.ID)
+			}
+		})
+	}
+}
+
+// TestFailedBesides: a VM of the token that has failed, for no lack of what is asked for
+// now, makes room for one.
+func TestFailedBesides(t *testing.T) {
+	inWorld(t, fakearm.Config{}, func(w *world) {
+		p := w.provider(func(c *Config) { c.Zones = []string{"1"} })
+		req := request(p)
+		w.arm.Inject(fakearm.Fault{Method: http.MethodPut, Type: vms, Code: "ZonalAllocationFailed", AtEnd: true})
+		ctx, cancel := context.WithTimeout(w.Context(), time.Second)
+		defer cancel()
+		if _, err := p.Create(ctx, req); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		w.create(w.provider(func(c *Config) { c.Zones = []string{"2"} }), req)
+		if vm := w.only(); vm.Zone != "2" || vm.Size != small {
+			t.Errorf("VM %+v", vm)
+		}
+	})
+}
+
+// TestFailsForGood: an operation that fails at its end for no lack of capacity ends the
 // request, and leaves nothing.
 func TestFailsForGood(t *testing.T) {
 	for _, tc := range []struct {
