@@ -430,11 +430,12 @@ func TestReserved(t *testing.T) {
 	})
 }
 
-// TestManyAtOnce: 200 pods come up within what one takes and the throttles allow.
+// TestManyAtOnce: many pods come up within what one takes; nothing is throttled. (The
+// benchmark makes 200.)
 func TestManyAtOnce(t *testing.T) {
 	inWorld(t, fakearm.Config{}, func(w *world) {
 		p := w.provider()
-		const pods = 200
+		const pods = 50
 		errs := make(chan error, pods)
 		begin := time.Now()
 		for range pods {
