@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -77,6 +78,22 @@ func taken(t *testing.T, w *notice.Watch, reason string, within time.Duration) {
 	}
 }
 
+// clock stands still once it is stopped: an announced end does not come while the guest's
+// side asks for it.
+type clock struct{ at atomic.Pointer[time.Time] }
+
+func (c *clock) now() time.Time {
+	if at := c.at.Load(); at != nil {
+		return *at
+	}
+	return time.Now()
+}
+
+func (c *clock) stop() {
+	at := time.Now()
+	c.at.Store(&at)
+}
+
 func service(t *testing.T, h http.Handler) string {
 	t.Helper()
 	s := httptest.NewServer(h)
@@ -88,7 +105,8 @@ func TestEC2(t *testing.T) {
 	// More than EC2 takes as it is.
 	for name, size := range map[string]int{"small": 100, "large": 20 << 10} {
 		t.Run(name, func(t *testing.T) {
-			s := fakeec2.New(fakeec2.Config{})
+			var clock clock
+			s := fakeec2.New(fakeec2.Config{Now: clock.now})
 			p, err := aws.New(aws.Config{
 				Region: fakeec2.DefaultRegion, Keys: aws.Keys{AccessKeyID: fakeec2.DefaultKey.ID, SecretAccessKey: aws.Secret(fakeec2.DefaultKey.Secret)},
 				ImageID: fakeec2.DefaultImage, InstanceType: "m6a.large", InstanceTypes: []string{"m6a.large"}, Spot: aws.SpotOnly,
@@ -104,6 +122,7 @@ func TestEC2(t *testing.T) {
 			if cfg := read(t, size, bootconf.EC2{URL: url}); !strings.HasSuffix(cfg.Hostname, ".internal") {
 				t.Errorf("host name %q", cfg.Hostname)
 			}
+			clock.stop()
 			if err := s.Interrupt(id); err != nil {
 				t.Fatal(err)
 			}
@@ -122,7 +141,8 @@ func (keeper) Console(string) ([]byte, error)                       { return nil
 func TestAzure(t *testing.T) {
 	host := make(keeper, 1)
 	const image = "/subscriptions/" + fakearm.DefaultSubscription + "/resourceGroups/pods/providers/Microsoft.Compute/galleries/pods/images/podvm/versions/1.0.0"
-	arm := fakearm.New(fakearm.Config{Host: host, Images: []fakearm.Image{{ID: image}}})
+	var clock clock
+	arm := fakearm.New(fakearm.Config{Now: clock.now, Unthrottled: true, Host: host, Images: []fakearm.Image{{ID: image}}})
 	defer arm.Close()
 	c := arm.Config()
 	p, err := azure.New(azure.Config{
@@ -150,6 +170,7 @@ func TestAzure(t *testing.T) {
 	if _, err := (bootconf.AzureService{URL: url}).Seed(t.Context()); !errdefs.IsNotFound(err) {
 		t.Errorf("the metadata service: %v", err)
 	}
+	clock.stop()
 	if err := arm.Evict(string(inst.ID)); err != nil {
 		t.Fatal(err)
 	}
