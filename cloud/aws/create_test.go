@@ -174,6 +174,13 @@ func TestNote(t *testing.T) {
 		if len(kept.list) != 4 || s.Calls("RunInstances") != 4 {
 			t.Errorf("%d notes and %d launches: %q", len(kept.list), s.Calls("RunInstances"), kept.list)
 		}
+		tokens := map[string]bool{}
+		for _, n := range kept.list {
+			tokens[parse(t, n).Token] = true
+		}
+		if len(tokens) != len(kept.list) {
+			t.Errorf("attempts share a token: %q", kept.list)
+		}
 		if strings.Contains(strings.Join(kept.list, ""), "cloud-config") {
 			t.Error("a note holds user data")
 		}

@@ -4,9 +4,14 @@ package aws_test
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	awssdk "github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-remote/kata-remote/cloud"
@@ -133,6 +138,9 @@ func TestDeleteTogether(t *testing.T) {
 		if unknown != 1 {
 			t.Errorf("%d are unknown, want 1", unknown)
 		}
+		if i := s.Instances()[0]; i.ID != string(old.ID) || i.State == "running" {
+			t.Errorf("a stranger's id has kept %+v alive", i)
+		}
 		gone(t, p, old.ID)
 		gone(t, p, young.ID)
 	})
@@ -191,6 +199,36 @@ func TestEndings(t *testing.T) {
 			}
 			says(t, fmt.Errorf("%s", inst.Detail), word)
 			gone(t, p, id)
+		}
+	})
+}
+
+// A list that has more than one page is complete.
+func TestPages(t *testing.T) {
+	wide := fakeec2.Config{Subnets: []fakeec2.Subnet{{ID: fakeec2.DefaultSubnet, Zone: zoneA, CIDR: netip.MustParsePrefix("10.0.0.0/20")}}}
+	synctest.Test(t, func(t *testing.T) {
+		s := fakeec2.New(wide)
+		p := provider(t, s, func(c *aws.Config) { c.SubnetIDs = []string{fakeec2.DefaultSubnet} })
+		owner := map[string]string{cloud.TagCluster: cluster, cloud.TagNode: node}
+		var tags []types.Tag
+		for k, v := range owner {
+			tags = append(tags, types.Tag{Key: &k, Value: &v})
+		}
+		const many = 1005 // a page has 1000
+		_, err := sdk(s).RunInstances(t.Context(), &ec2.RunInstancesInput{
+			MinCount: awssdk.Int32(many), MaxCount: awssdk.Int32(many), ImageId: awssdk.String(fakeec2.DefaultImage),
+			InstanceType: types.InstanceType(small), SubnetId: awssdk.String(fakeec2.DefaultSubnet),
+			TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeInstance, Tags: tags}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := p.List(t.Context(), cloud.Owner{Cluster: cluster})
+		if err != nil || len(list) != many {
+			t.Errorf("%d of %d listed, %v", len(list), many, err)
+		}
+		if n := s.Calls("DescribeInstances"); n != 2 {
+			t.Errorf("%d calls", n)
 		}
 	})
 }

@@ -111,6 +111,8 @@ func TestLaunchTemplate(t *testing.T) {
 			template(t, s, types.RequestLaunchTemplateData{
 				InstanceType: types.InstanceType(large), KeyName: awssdk.String(fakeec2.DefaultKeyPair), ImageId: awssdk.String(fakeec2.DefaultImageARM),
 				DisableApiTermination: awssdk.Bool(true),
+				MetadataOptions: &types.LaunchTemplateInstanceMetadataOptionsRequest{
+					HttpTokens: types.LaunchTemplateHttpTokensStateOptional, HttpPutResponseHopLimit: awssdk.Int32(3)},
 				NetworkInterfaces: []types.LaunchTemplateInstanceNetworkInterfaceSpecificationRequest{{
 					DeviceIndex: awssdk.Int32(0), SubnetId: awssdk.String(fakeec2.DefaultSubnetC), Groups: []string{fakeec2.DefaultSecurityGroup}}},
 			})
@@ -119,7 +121,7 @@ func TestLaunchTemplate(t *testing.T) {
 			mustCreate(t, p, req)
 			got := alive(s)[0]
 			if got.Type != small || got.Subnet != fakeec2.DefaultSubnetC || got.KeyName != fakeec2.DefaultKeyPair || !got.SEVSNP ||
-				got.MetadataTokens != "required" || !got.TerminateOnShutdown || !bytes.Equal(got.UserData, req.UserData) {
+				got.MetadataTokens != "required" || got.MetadataHops != 1 || !got.TerminateOnShutdown || !bytes.Equal(got.UserData, req.UserData) {
 				t.Errorf("made %+v", got)
 			}
 			if err := p.Check(t.Context()); err != nil {

@@ -25,9 +25,11 @@ import (
 )
 
 const (
-	// callTimeout bounds one API call with its repetitions. RunInstances takes
-	// 1.5 s (daemonology.net, 2021-08-12), the others less.
-	callTimeout = 30 * time.Second
+	// callTimeout bounds one API call with its repetitions, headerTimeout the wait
+	// for the answer to one of them: a connection that is silently dead costs that
+	// much. RunInstances takes 1.5 s (daemonology.net, 2021-08-12), the others less.
+	callTimeout   = 30 * time.Second
+	headerTimeout = 12 * time.Second
 	// nodeTimeout bounds a look at the node's own metadata service, which is on the
 	// node or nowhere.
 	nodeTimeout = 2 * time.Second
@@ -192,7 +194,9 @@ func call[I, O any](ctx context.Context, p *Provider, l *limit, urgent bool, act
 // connections as calls go on at once. AWS_CA_BUNDLE, the SDK's own variable, names
 // the authorities to trust instead of the system's.
 func newHTTPClient() (awssdk.HTTPClient, error) {
-	c := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) { t.MaxIdleConnsPerHost = 32 })
+	c := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
+		t.MaxIdleConnsPerHost, t.ResponseHeaderTimeout = 32, headerTimeout
+	})
 	file := os.Getenv("AWS_CA_BUNDLE")
 	if file == "" {
 		return c, nil
