@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/kdomanski/iso9660"
@@ -170,6 +171,17 @@ func TestStartFails(t *testing.T) {
 // nobody is user data that names no pod.
 const nobody = "#cloud-config\nwrite_files:\n- path: /run/peerpod/auth.json\n  content: |\n      {}\n"
 
+// await waits for a machine to end by itself: some seconds, and longer where others have
+// the processors.
+func await(t *testing.T, ended <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Minute):
+		t.Fatal("a machine does not end")
+	}
+}
+
 // TestGuests boots the pod VM image where EC2's metadata service is, and where Azure's
 // CD is. Each is told nothing it could be, so that it says whom it asked and ends.
 func TestGuests(t *testing.T) {
@@ -196,8 +208,8 @@ func TestGuests(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	<-ec2Ended
-	<-azureEnded
+	await(t, ec2Ended)
+	await(t, azureEnded)
 	for id, source := range map[string]string{ec2.ID: "EC2 metadata service", azure.ID: "Azure provisioning CD"} {
 		console, err := h.Console(id)
 		if want := "user data from " + source + ": write_files has no"; err != nil || !strings.Contains(string(console), want) {
@@ -231,7 +243,7 @@ func TestDisk(t *testing.T) {
 	if err := h.Start(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}
-	<-ended
+	await(t, ended)
 	if n := asked.Load(); n != 1 {
 		console, err := h.Console(m.ID)
 		t.Errorf("it asked for its user data %d times; its console: %s (%v)", n, console, err)
