@@ -24,6 +24,7 @@ const (
 	TagNode    = TagPrefix + "node"    // Owner.Node
 	TagToken   = TagPrefix + "token"   // CreateRequest.Token
 	TagSandbox = TagPrefix + "sandbox" // CreateRequest.SandboxID
+	TagImage   = TagPrefix + "image"   // of what publishing an image makes: "sha256:" and the disk's digest
 	TagName    = "Name"                // CreateRequest.Name, where consoles look for it
 )
 

@@ -294,3 +294,24 @@ func TestSlipsAreNotOverzealous(t *testing.T) {
 		}
 	}
 }
+
+// TestLoadAccount: before there is an image, and whatever provider is chosen.
+func TestLoadAccount(t *testing.T) {
+	env := []string{"CLOUD_PROVIDER=aws", "AZURE_IMAGE_ID=<azure_image_id>", "AZURE_REGION=westeurope", "NODE_NAME=n"}
+	c, err := LoadAccount("", env, ProviderAzure)
+	if err != nil || c.Provider != ProviderAzure || c.Azure.Region != "westeurope" || c.Azure.ImageID != "" {
+		t.Fatalf("%+v, %v", c, err)
+	}
+	if again, err := c.Reload(); err != nil || again.Azure.Region != "westeurope" {
+		t.Errorf("reload: %v", err)
+	}
+	if _, err := LoadAccount("", append(env, "AZURE_REGION=East US"), ProviderAzure); err == nil || !strings.Contains(err.Error(), "try eastus") {
+		t.Errorf("a wrong region: %v", err)
+	}
+	if _, err := LoadAccount("", append(env, "AZURE_CLIENT_SECRET=x"), ProviderAzure); err == nil || !strings.Contains(err.Error(), "AZURE_TENANT_ID is not set") {
+		t.Errorf("half a credential: %v", err)
+	}
+	if _, err := Load("", env, Flags{}); err == nil || !strings.Contains(err.Error(), "PODVM_AMI_ID is not set") {
+		t.Errorf("the adaptor needs an image: %v", err)
+	}
+}

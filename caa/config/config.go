@@ -62,7 +62,8 @@ type Config struct {
 	// Warnings are settings that have no effect here, each with its reason.
 	Warnings []string
 
-	reload func() (*Config, error)
+	reload  func() (*Config, error)
+	account bool // see LoadAccount
 }
 
 // Pull is for pods whose images the pod VM pulls.

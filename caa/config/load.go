@@ -24,6 +24,17 @@ type setting struct{ name, value, source string }
 // it), then flags, and checks the result. InvalidArgument: every problem, one to a
 // line.
 func Load(path string, environ []string, flags Flags) (*Config, error) {
+	return load(path, environ, flags, false)
+}
+
+// LoadAccount is Load for commands that work in the account of a provider, before there
+// is an adaptor: what only pods need may be missing, or still be a placeholder. The
+// provider is the one given, whatever CLOUD_PROVIDER says.
+func LoadAccount(path string, environ []string, provider string) (*Config, error) {
+	return load(path, append(slices.Clone(environ), keyProvider+"="+provider), Flags{}, true)
+}
+
+func load(path string, environ []string, flags Flags, account bool) (*Config, error) {
 	var (
 		p      problems
 		values = map[string]setting{}
@@ -53,16 +64,27 @@ func Load(path string, environ []string, flags Flags) (*Config, error) {
 			values[name] = setting{name, value, "flag " + flagNames[name]}
 		}
 	}
+	if account {
+		for name, s := range values {
+			if slices.Contains(podKeys, name) && unfilled(name, s.value) != "" {
+				delete(values, name)
+			}
+		}
+	}
 	c := p.apply(values, provider)
+	c.account = account
 	p.validate(c, values)
 	if len(p) > 0 {
 		sort.Strings(p)
 		return nil, errdefs.ErrInvalidArgument.WithMessage(strings.Join(p, "\n"))
 	}
 	c.Warnings = append(c.Warnings, warnings...)
-	c.reload = func() (*Config, error) { return Load(path, environ, flags) }
+	c.reload = func() (*Config, error) { return load(path, environ, flags, account) }
 	return c, nil
 }
+
+// podKeys are those that manuals leave to be filled in after the account is set up.
+var podKeys = []string{"PODVM_AMI_ID", "AWS_SUBNET_ID", "AWS_VPC_ID", "AWS_SG_IDS", "AZURE_IMAGE_ID", "AZURE_SUBNET_ID", "AZURE_NSG_ID"}
 
 // Reload reads the same file, environment and flags again. Only the file can have
 // changed; who uses the result decides what may change while the adaptor runs.

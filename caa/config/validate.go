@@ -19,9 +19,9 @@ type lookup map[string]setting
 func (l lookup) set(name string) bool { return l[name].value != "" }
 
 // require reports keys that have no value.
-func (p *problems) require(l lookup, needed ...[2]string) {
+func (p *problems) require(c *Config, l lookup, needed ...[2]string) {
 	for _, n := range needed {
-		if !l.set(n[0]) {
+		if !l.set(n[0]) && !c.account {
 			p.add("%s is not set: %s", n[0], n[1])
 		}
 	}
@@ -92,7 +92,7 @@ func reason(err error) string {
 // validateAWS completes and checks what one value alone does not show.
 func (p *problems) validateAWS(c *Config, values map[string]setting) {
 	l, a := lookup(values), &c.AWS
-	p.require(l, [2]string{"PODVM_AMI_ID", "give the id of the pod VM's image, which `peerpodctl image publish aws` prints"})
+	p.require(c, l, [2]string{"PODVM_AMI_ID", "give the id of the pod VM's image, which `peerpodctl image publish aws` prints"})
 	p.together(l, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 	p.together(l, "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
 	if l.set("AWS_SESSION_TOKEN") && !l.set("AWS_ACCESS_KEY_ID") {
@@ -125,7 +125,7 @@ func (p *problems) validateAWS(c *Config, values map[string]setting) {
 // validateAzure is validateAWS for Azure.
 func (p *problems) validateAzure(c *Config, values map[string]setting) {
 	l, a := lookup(values), &c.Azure
-	p.require(l,
+	p.require(c, l,
 		[2]string{"AZURE_SUBSCRIPTION_ID", "`az account show --query id` prints it"},
 		[2]string{"AZURE_REGION", "name the region of the nodes, such as eastus"},
 		[2]string{"AZURE_RESOURCE_GROUP", "name the resource group in which to make pod VMs"},

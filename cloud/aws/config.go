@@ -169,15 +169,7 @@ func (c Config) complete() (Config, error) {
 	bad := func(format string, args ...any) {
 		errs = append(errs, fmt.Errorf("aws provider: "+format+": %w", append(args, errdefs.ErrInvalidArgument)...))
 	}
-	if c.Region != "" && !regionRule.MatchString(c.Region) {
-		bad("AWS_REGION %q is not a region such as us-east-2", c.Region)
-	}
-	if c.Endpoint != "" {
-		if err := checkEndpoint(c.Endpoint); err != nil {
-			bad("AWS_ENDPOINT_URL: %v", err)
-		}
-	}
-	c.checkCredentials(bad)
+	c.checkAccount(bad)
 	switch {
 	case c.ImageID == "":
 		bad("PODVM_AMI_ID is not set; name the pod VM image")
@@ -221,6 +213,19 @@ func (c Config) complete() (Config, error) {
 		c.Observe = func(Call) {}
 	}
 	return c, errors.Join(errs...)
+}
+
+// checkAccount is about where the account is and who we are in it.
+func (c Config) checkAccount(bad func(string, ...any)) {
+	if c.Region != "" && !regionRule.MatchString(c.Region) {
+		bad("AWS_REGION %q is not a region such as us-east-2", c.Region)
+	}
+	if c.Endpoint != "" {
+		if err := checkEndpoint(c.Endpoint); err != nil {
+			bad("AWS_ENDPOINT_URL: %v", err)
+		}
+	}
+	c.checkCredentials(bad)
 }
 
 func (c Config) checkCredentials(bad func(string, ...any)) {

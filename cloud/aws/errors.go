@@ -142,6 +142,10 @@ var rules = map[string]rule{
 	"MissingParameter":                             {errdefs.ErrInvalidArgument, scopeNone, ""},
 	"UnknownParameter":                             {errdefs.ErrInvalidArgument, scopeNone, ""},
 	"InvalidRequest":                               {errdefs.ErrInvalidArgument, scopeNone, ""},
+	"InvalidPermission.Malformed":                  {errdefs.ErrInvalidArgument, scopeNone, ""},
+	"InvalidAMIName.Malformed":                     {errdefs.ErrInvalidArgument, scopeNone, ""},
+	"RulesPerSecurityGroupLimitExceeded":           {errdefs.ErrResourceExhausted, scopeNone, "remove rules of the security group, or ask for a higher quota of them (Service Quotas, Amazon VPC)"},
+	"SnapshotLimitExceeded":                        {errdefs.ErrResourceExhausted, scopeNone, "remove snapshots, or ask for a higher quota of them (Service Quotas, Amazon EBS)"},
 	"InvalidUserData.Malformed":                    {errdefs.ErrInvalidArgument, scopeNone, ""},
 	"InvalidInput":                                 {errdefs.ErrInvalidArgument, scopeNone, ""},
 	"InvalidZone.NotFound":                         {errdefs.ErrInvalidArgument, scopeNone, fixSubnet},
@@ -149,6 +153,14 @@ var rules = map[string]rule{
 	"InvalidTagKey.Malformed":                      {errdefs.ErrInvalidArgument, scopeNone, "correct TAGS"},
 	"TagPolicyViolation":                           {errdefs.ErrInvalidArgument, scopeNone, "let TAGS follow the organization's tag policy"},
 	"InvalidAction":                                {errdefs.ErrInvalidArgument, scopeNone, "see that AWS_ENDPOINT_URL is an EC2 endpoint"},
+	// The EBS direct API's. (Its API Reference, "Common Errors" and each action's, 2026-11.)
+	"RequestThrottledException":        {errdefs.ErrUnavailable, scopeNone, ""},
+	"ConcurrentLimitExceededException": {errdefs.ErrResourceExhausted, scopeNone, "too many snapshots are being written; wait for them, or ask for a higher quota (Service Quotas, Amazon EBS)"},
+	"ServiceQuotaExceededException":    {errdefs.ErrResourceExhausted, scopeNone, "ask for a higher quota (Service Quotas, Amazon EBS)"},
+	"InternalServerException":          {errdefs.ErrUnavailable, scopeNone, ""},
+	"ConflictException":                {errdefs.ErrAlreadyExists, scopeNone, ""},
+	"ResourceNotFoundException":        {errdefs.ErrNotFound, scopeNone, ""},
+	"ValidationException":              {errdefs.ErrInvalidArgument, scopeNone, ""},
 	// State.
 	"InvalidInstanceID.NotFound":         {errdefs.ErrNotFound, scopeNone, ""},
 	"InvalidInstanceID.Malformed":        {errdefs.ErrNotFound, scopeNone, ""},
@@ -159,6 +171,9 @@ var rules = map[string]rule{
 	"InvalidParameterValue.InUse":        {errdefs.ErrFailedPrecondition, scopeNone, ""},
 	"IncorrectState":                     {errdefs.ErrFailedPrecondition, scopeNone, ""},
 	"IncorrectInstanceState":             {errdefs.ErrFailedPrecondition, scopeNone, ""},
+	"InvalidSnapshot.InUse":              {errdefs.ErrFailedPrecondition, scopeNone, ""},
+	"InvalidAMIName.Duplicate":           {errdefs.ErrAlreadyExists, scopeNone, ""},
+	"InvalidPermission.Duplicate":        {errdefs.ErrAlreadyExists, scopeNone, ""},
 	"IdempotentParameterMismatch":        {errdefs.ErrAlreadyExists, scopeNone, ""},
 	"IdempotentInstanceTerminated":       {errdefs.ErrAlreadyExists, scopeNone, ""},
 }
@@ -168,12 +183,13 @@ const (
 	codeMismatch     = "IdempotentParameterMismatch"
 	codeTerminated   = "IdempotentInstanceTerminated"
 	codeUnauthorized = "UnauthorizedOperation"
-	codeDryRun       = "DryRunOperation" // a dry run that would have succeeded
+	codeDenied       = "AccessDeniedException" // of the EBS direct API
+	codeDryRun       = "DryRunOperation"       // a dry run that would have succeeded
 )
 
 // throttled tells whether a code is the service's word for "too many requests".
 func throttled(code string) bool {
-	return strings.HasSuffix(code, "RequestLimitExceeded") || strings.HasPrefix(code, "Throttling") || code == "EC2ThrottledException"
+	return strings.HasSuffix(code, "RequestLimitExceeded") || strings.HasPrefix(code, "Throttling") || code == "RequestThrottledException" || code == "EC2ThrottledException"
 }
 
 // apiError is a refusal of the service, or a call that did not come through.
@@ -234,8 +250,11 @@ func classify(ctx context.Context, action string, err error) error {
 	switch {
 	case errors.As(err, &api) && rules[api.ErrorCode()] != rule{}:
 		e.code, e.text, e.rule = api.ErrorCode(), api.ErrorMessage(), rules[api.ErrorCode()]
-		if e.code == codeUnauthorized {
+		switch {
+		case e.code == codeUnauthorized:
 			e.rule.fix = "the action is ec2:" + action + "; " + e.rule.fix
+		case e.code == codeDenied && strings.HasPrefix(action, "ebs:"):
+			e.rule.fix = "the action is " + action + "; " + e.rule.fix
 		}
 	case errors.As(err, &resp) && resp.HTTPStatusCode() >= 500:
 		// Something between us and the service, or the service on a bad day.

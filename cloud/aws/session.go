@@ -111,17 +111,7 @@ func (p *Provider) askNode(ctx context.Context, s *session) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
-	// The variable is the SDK's own.
-	node := imds.New(imds.Options{HTTPClient: p.http, Endpoint: os.Getenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")})
-	get := func(path string) (string, error) {
-		out, err := node.GetMetadata(ctx, &imds.GetMetadataInput{Path: path})
-		if err != nil {
-			return "", err
-		}
-		defer out.Content.Close()
-		b, err := io.ReadAll(io.LimitReader(out.Content, 64<<10))
-		return strings.TrimSpace(string(b)), err
-	}
+	get := metadata(ctx, p.http)
 	err := func() error {
 		if s.region == "" {
 			region, err := get("placement/region")
@@ -156,6 +146,21 @@ func (p *Provider) askNode(ctx context.Context, s *session) error {
 			bare(err), strings.Join(missing, " and "), errdefs.ErrInvalidArgument)
 	}
 	return nil
+}
+
+// metadata reads the metadata service of the node.
+func metadata(ctx context.Context, client awssdk.HTTPClient) func(path string) (string, error) {
+	// The variable is the SDK's own.
+	node := imds.New(imds.Options{HTTPClient: client, Endpoint: os.Getenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")})
+	return func(path string) (string, error) {
+		out, err := node.GetMetadata(ctx, &imds.GetMetadataInput{Path: path})
+		if err != nil {
+			return "", err
+		}
+		defer out.Content.Close()
+		b, err := io.ReadAll(io.LimitReader(out.Content, 64<<10))
+		return strings.TrimSpace(string(b)), err
+	}
 }
 
 // call makes one API call: it waits for its token, bounds the time, and gives the

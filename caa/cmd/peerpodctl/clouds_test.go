@@ -44,8 +44,8 @@ func TestExplainAsksTheCloud(t *testing.T) {
 	})
 }
 
-// askCloud asks for three vCPUs of the emulation that answers at "@".
-func askCloud(t *testing.T, emulation http.Handler, env map[string]string, want string) {
+// serve starts an emulation that answers at "@" of env, which it sets.
+func serve(t *testing.T, emulation http.Handler, env map[string]string) *httptest.Server {
 	t.Helper()
 	bare(t)
 	start := httptest.NewServer
@@ -65,6 +65,13 @@ func askCloud(t *testing.T, emulation http.Handler, env map[string]string, want 
 	for k, v := range env {
 		t.Setenv(k, strings.ReplaceAll(v, "@", server.URL))
 	}
+	return server
+}
+
+// askCloud asks for three vCPUs of the emulation that answers at "@".
+func askCloud(t *testing.T, emulation http.Handler, env map[string]string, want string) {
+	t.Helper()
+	server := serve(t, emulation, env)
 	out, err := execute(t, "instance", "explain", "--vcpus", "3", "--memory", "5000", "-o", "json")
 	var got choiceView
 	if err != nil || json.Unmarshal([]byte(out), &got) != nil {

@@ -28,7 +28,8 @@ const typesFile = "testdata/types"
 
 // bare takes away what the environment of the test says of a cloud.
 func bare(t *testing.T) {
-	for _, k := range []string{"CLOUD_PROVIDER", "PODVM_AMI_ID", "PODVM_INSTANCE_TYPES", "PODVM_INSTANCE_TYPE", "AWS_REGION", "DISABLECVM"} {
+	for _, k := range []string{"CLOUD_PROVIDER", "PODVM_AMI_ID", "PODVM_INSTANCE_TYPES", "PODVM_INSTANCE_TYPE", "AWS_REGION", "DISABLECVM",
+		"AWS_SG_IDS", "AZURE_NSG_ID", "AZURE_SUBNET_ID", "AZURE_IMAGE_ID", "VXLAN_PORT", "FORWARDER_PORT", "CLUSTER_NAME", "REMOTE_HYPERVISOR_ENDPOINT"} {
 		t.Setenv(k, "") // to have it restored
 		os.Unsetenv(k)
 	}

@@ -2,7 +2,8 @@
 
 // Command peerpodctl shows what the adaptor on this node has: its sandboxes, how far
 // they are and how long each step of their start took; and which instance type a pod
-// would get. Answers are on stdout.
+// would get. It prepares a cloud's account for pod VMs: their image, and open ports.
+// Answers are on stdout.
 //
 // Exit codes: 0 answered; 1 the adaptor or the cloud could not be asked, or refused, or
 // no instance type fits; 2 the command line is wrong; 4 there is no such sandbox.
@@ -80,7 +81,7 @@ func command(asked *bool) *cobra.Command {
 		Use: "sandbox", Short: "sandboxes, their VMs and their starts", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return fmt.Errorf("give a verb: list or show") },
 	}
-	root.AddCommand(sandbox, instanceCommand(asked))
+	root.AddCommand(sandbox, instanceCommand(asked), cloudCommand(asked))
 	add := func(c *cobra.Command, id func([]string) string, table func([]*adminpb.Sandbox) string) {
 		c.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 		c.RunE = func(cmd *cobra.Command, args []string) error {
