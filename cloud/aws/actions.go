@@ -19,11 +19,14 @@ var Actions = []string{
 	"ec2:DescribeSecurityGroups",
 }
 
-// ActionsFor are what some settings need besides, by their key. Without those of the
-// last three a wrong name is found by the first launch instead of by --check-config.
+// ActionsFor are what some settings need besides, by their key. Without those of a key
+// pair, placement group or launch template a wrong name is found by the first launch
+// instead of by --check-config.
 var ActionsFor = map[string][]string{
-	"AWS_SPOT":                  {"ec2:DescribeSpotInstanceRequests"},
+	"AWS_SPOT":                  {"ec2:DescribeSpotInstanceRequests", "iam:CreateServiceLinkedRole"}, // the latter once in an account
+
 	"SSH_KP_NAME":               {"ec2:DescribeKeyPairs"},
 	"AWS_PLACEMENT_GROUP":       {"ec2:DescribePlacementGroups"},
-	"PODVM_LAUNCHTEMPLATE_NAME": {"ec2:DescribeLaunchTemplates", "ec2:DescribeLaunchTemplateVersions"},
+	"PODVM_LAUNCHTEMPLATE_NAME": {"ec2:DescribeLaunchTemplates"},
+	"AWS_ROOT_VOLUME_KMS_KEY":   {"kms:CreateGrant", "kms:Decrypt", "kms:GenerateDataKeyWithoutPlaintext"},
 }

@@ -33,7 +33,7 @@ func TestLeastPrivilege(t *testing.T) {
 	all := slices.Concat(aws.Actions, aws.ActionsFor["AWS_SPOT"], aws.ActionsFor["SSH_KP_NAME"], aws.ActionsFor["AWS_PLACEMENT_GROUP"])
 	bubble(t, allowing(all), func(t *testing.T, s *fakeec2.Server) { wholeLife(t, s, provider(t, s, everySetting)) })
 
-	for _, missing := range slices.Concat(aws.Actions, aws.ActionsFor["AWS_SPOT"]) {
+	for _, missing := range append(slices.Clone(aws.Actions), aws.ActionsFor["AWS_SPOT"][0]) {
 		rest := slices.DeleteFunc(slices.Clone(all), func(a string) bool { return a == missing })
 		s := fakeec2.New(allowing(rest))
 		err := provider(t, s, everySetting).Check(t.Context())
