@@ -23,7 +23,7 @@ var Actions = []string{
 // pair, placement group or launch template a wrong name is found by the first launch
 // instead of by --check-config.
 var ActionsFor = map[string][]string{
-	"AWS_SPOT":                  {"ec2:DescribeSpotInstanceRequests", "iam:CreateServiceLinkedRole"}, // the latter once in an account
+	"AWS_SPOT": {"ec2:DescribeSpotInstanceRequests", "iam:CreateServiceLinkedRole"}, // the latter once in an account
 
 	"SSH_KP_NAME":               {"ec2:DescribeKeyPairs"},
 	"AWS_PLACEMENT_GROUP":       {"ec2:DescribePlacementGroups"},
