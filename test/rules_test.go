@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"go/ast"
+	"go/format"
 	"go/parser"
 	"go/token"
 	"io"
@@ -189,6 +190,9 @@ func TestSources(t *testing.T) {
 		}
 		if !bytes.HasPrefix(src, []byte("// SPDX-License-Identifier: Apache-2.0\n")) {
 			t.Errorf("%s: the first line is not the licence identifier", name)
+		}
+		if formatted, err := format.Source(src); err != nil || !bytes.Equal(formatted, src) {
+			t.Errorf("%s is not as gofmt writes it: run gofmt -w (%v)", name, err)
 		}
 		if n := bytes.Count(src, []byte("\n")); n > maxFile {
 			t.Errorf("%s has %d lines: split it where it changes subject (limit %d)", name, n, maxFile)
