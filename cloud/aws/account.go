@@ -4,6 +4,7 @@ package aws
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -155,4 +156,10 @@ func ParseProviderID(s string) (region, instance string, err error) {
 		return "", "", fmt.Errorf("provider id %q is not of the form aws:///us-east-1a/i-0123456789abcdef0: %w", s, errdefs.ErrInvalidArgument)
 	}
 	return m[2], m[3], nil
+}
+
+// As is errors.As on what the SDK said, which the provider's errors do not show.
+func As(err error, target any) bool {
+	var e *apiError
+	return errors.As(err, &e) && errors.As(e.cause, target)
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"regexp"
 	"strings"
 
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
@@ -187,6 +188,9 @@ const (
 	codeDryRun       = "DryRunOperation"       // a dry run that would have succeeded
 )
 
+// deniedAction is how services name what is not allowed.
+var deniedAction = regexp.MustCompile(`not authorized to perform: ([a-z0-9]+:[A-Za-z]+)`)
+
 // throttled tells whether a code is the service's word for "too many requests".
 func throttled(code string) bool {
 	return strings.HasSuffix(code, "RequestLimitExceeded") || strings.HasPrefix(code, "Throttling") || code == "RequestThrottledException" || code == "EC2ThrottledException"
@@ -254,6 +258,9 @@ func classify(ctx context.Context, action string, err error) error {
 		case e.code == codeUnauthorized:
 			e.rule.fix = "the action is ec2:" + action + "; " + e.rule.fix
 		case e.code == codeDenied && strings.HasPrefix(action, "ebs:"):
+			if m := deniedAction.FindStringSubmatch(e.text); m != nil {
+				action = m[1] // it may be one that the call implies
+			}
 			e.rule.fix = "the action is " + action + "; " + e.rule.fix
 		}
 	case errors.As(err, &resp) && resp.HTTPStatusCode() >= 500:

@@ -85,6 +85,7 @@ func (a *Account) Group() (string, error) {
 // Waits between attempts and looks. A publication of an image takes minutes; its
 // operations say themselves when to look again.
 const (
+	firstLook  = 100 * time.Millisecond
 	firstPause = time.Second
 	mostPause  = 20 * time.Second
 	// patience outlasts what Azure calls a brief outage, and a throttle's minute.
@@ -203,7 +204,7 @@ func (a *Account) long(ctx context.Context, r call) (output []byte, err error) {
 		return nil, err
 	}
 	next := rep.after
-	for pause := firstPause; ; pause = min(2*pause, mostPause) {
+	for pause := firstLook; ; pause = min(2*pause, mostPause) {
 		if err := pauseFor(ctx, max(pause, time.Until(next))); err != nil {
 			return nil, err
 		}

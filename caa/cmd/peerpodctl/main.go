@@ -6,11 +6,13 @@
 // Answers are on stdout.
 //
 // Exit codes: 0 answered; 1 the adaptor or the cloud could not be asked, or refused, or
-// no instance type fits; 2 the command line is wrong; 4 there is no such sandbox.
+// no instance type fits; 2 the command line is wrong; 4 there is no such sandbox; 5 it
+// was interrupted; image publish then goes on where it was when it is run again.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -31,6 +33,8 @@ const (
 	exitFailed   = 1
 	exitUsage    = 2
 	exitNotFound = 4
+
+	exitInterrupted = 5
 )
 
 // callTimeout bounds one question. The adaptor answers from memory.
@@ -57,6 +61,8 @@ func run(ctx context.Context, args []string) int {
 		return exitUsage
 	case errdefs.IsNotFound(err):
 		return exitNotFound
+	case ctx.Err() != nil && errors.Is(err, ctx.Err()):
+		return exitInterrupted
 	}
 	return exitFailed
 }
@@ -81,7 +87,7 @@ func command(asked *bool) *cobra.Command {
 		Use: "sandbox", Short: "sandboxes, their VMs and their starts", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return fmt.Errorf("give a verb: list or show") },
 	}
-	root.AddCommand(sandbox, instanceCommand(asked), cloudCommand(asked))
+	root.AddCommand(sandbox, instanceCommand(asked), cloudCommand(asked), imageCommand(asked))
 	add := func(c *cobra.Command, id func([]string) string, table func([]*adminpb.Sandbox) string) {
 		c.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 		c.RunE = func(cmd *cobra.Command, args []string) error {
