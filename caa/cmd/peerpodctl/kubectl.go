@@ -32,12 +32,12 @@ func patchConfigMap(ctx context.Context, stderr io.Writer, o publishOptions, key
 		args = append([]string{"--kubeconfig", o.kubeconfig}, args...)
 	}
 	cmd := exec.CommandContext(ctx, "kubectl", args...)
-	cmd.Stdout = stderr // the answer on stdout is the image's id
-	var said strings.Builder
-	cmd.Stderr = io.MultiWriter(stderr, &said)
+	var out, said strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("the image is published, but kubectl could not set %s in the ConfigMap peer-pods-cm of namespace %s: %w: %s; set it, or run the command again",
 			key, o.namespace, err, strings.TrimSpace(said.String()))
 	}
-	return nil
+	_, err = io.WriteString(stderr, out.String()+said.String()) // the answer on stdout is the image's id
+	return err
 }

@@ -254,6 +254,21 @@ func TestTrouble(t *testing.T) {
 	})
 }
 
+// TestSecretURL: the URL for the upload lets anybody write, so no error shows it.
+func TestSecretURL(t *testing.T) {
+	inWorld(t, func(w *world) {
+		image := w.open(8, 3)
+		for _, f := range []fakearm.Fault{{Type: "blob", Lost: true, Count: -1}, {Type: "blob", Status: 403, Code: "AuthenticationFailed", Count: -1}} {
+			w.arm.Inject(f)
+			_, err := gallery.Publish(w.Context(), w.acct, gallery.Request{Image: image, Cluster: cluster})
+			if err == nil || strings.Contains(err.Error(), "sig=") || strings.Contains(err.Error(), "/blob/") {
+				w.Errorf("%v", err)
+			}
+			w.arm.Heal()
+		}
+	})
+}
+
 // TestMistakes: what is damaged, or in the way, is refused.
 func TestMistakes(t *testing.T) {
 	inWorld(t, func(w *world) {
