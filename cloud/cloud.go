@@ -136,6 +136,11 @@ type CreateRequest struct {
 	// one. The text is on disk when Note returns nil; otherwise the provider must
 	// not go on. It holds no secret. nil: nobody keeps it.
 	Note func(ctx context.Context, progress string) error `json:"-"`
+	// Answers returns nil once the machine at addr has answered for this request, and an
+	// error only when ctx ends. A provider whose Create waits for its cloud to say that
+	// the instance runs asks it beside that wait, as soon as it knows the address, and
+	// takes the machine's word: clouds are polled, and tell late. nil: nobody can tell.
+	Answers func(ctx context.Context, addr netip.Addr) error `json:"-"`
 	// Progress is what Note was last given for this token. "": it was not called.
 	Progress string `json:"-"`
 }

@@ -84,7 +84,7 @@ func (r CreateRequest) Validate() error {
 // instance; the token and the progress are left out. It reveals nothing of the user data and may be
 // stored.
 func (r CreateRequest) Fingerprint() string {
-	r.Token, r.Progress, r.Note = "", "", nil
+	r.Token = ""
 	if len(r.Tags) == 0 {
 		r.Tags = nil
 	}

@@ -5,9 +5,11 @@ package sandbox
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -66,6 +68,53 @@ func TestProgress(t *testing.T) {
 	}
 	if want := []string{"attempt 1", "attempt 2", "attempt 3"}; !slices.Equal(n.onDisk, want) {
 		t.Errorf("on disk after each note: %q, want %q", n.onDisk, want)
+	}
+	a.Stop(t.Context(), "s1")
+	a.gone("s1")
+	w.wantNothing(a)
+}
+
+// asking is a cloud that has nothing to say of an instance until its machine answers.
+type asking struct {
+	cloud.Provider
+	stranger netip.Addr // nobody is there
+	strange  error      // what asking there came to
+	err      error      // what asking the machine came to
+}
+
+func (p *asking) Create(ctx context.Context, req cloud.CreateRequest) (cloud.Instance, error) {
+	inst, err := p.Provider.Create(ctx, req)
+	if err != nil {
+		return inst, err
+	}
+	brief, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	defer cancel()
+	p.strange = req.Answers(brief, p.stranger)
+	for len(inst.Addrs) == 0 {
+		if inst, err = p.Get(ctx, inst.ID); err != nil {
+			return inst, err
+		}
+		if err := sleep(ctx, time.Millisecond); err != nil {
+			return inst, err
+		}
+	}
+	p.err = req.Answers(ctx, inst.Addrs[0])
+	return inst, nil
+}
+
+// TestAnswers: the forwarder's answer is there for a provider that waits, and nobody
+// else's is taken for it.
+func TestAnswers(t *testing.T) {
+	w := newWorld(t, sim.Config{})
+	var p *asking
+	w.wrap = func(under cloud.Provider) cloud.Provider {
+		p = &asking{Provider: under, stranger: netip.MustParseAddr("127.0.0.254")}
+		return p
+	}
+	a := w.start()
+	a.up("s1")
+	if p.err != nil || p.strange == nil {
+		t.Errorf("the machine: %v; nobody's address: %v", p.err, p.strange)
 	}
 	a.Stop(t.Context(), "s1")
 	a.gone("s1")

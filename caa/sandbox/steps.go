@@ -206,6 +206,7 @@ func (m *Manager) doInstance(ctx context.Context, sb *Sandbox) error {
 		Note: func(_ context.Context, progress string) error {
 			return sb.update(func(r *store.Record) { r.Instance.Progress = progress })
 		},
+		Answers: func(ctx context.Context, addr netip.Addr) error { return m.answers(ctx, rec, addr) },
 	})
 	sb.serverKey, sb.serverCert = "", "" // the instance has them
 	if err != nil {
@@ -367,6 +368,21 @@ func (m *Manager) target(rec store.Record) (agentproxy.Target, error) {
 		return agentproxy.Target{}, err
 	}
 	return agentproxy.Target{Addr: netip.AddrPortFrom(rec.Instance.Addr, m.cfg.ForwarderPort), TLS: cfg}, nil
+}
+
+// answers waits until the forwarder of a sandbox answers at an address that its record
+// does not have yet. Somebody else at that address has not the sandbox's key.
+func (m *Manager) answers(ctx context.Context, rec store.Record, addr netip.Addr) error {
+	rec.Instance.Addr = addr
+	target, err := m.target(rec)
+	if err != nil {
+		return err
+	}
+	conn, err := agentproxy.Wait(ctx, target)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
 }
 
 // doAgent waits until the VM's forwarder answers and then serves the agent socket.

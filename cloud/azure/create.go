@@ -294,7 +294,7 @@ func (m *making) note(ctx context.Context, pr progress) error {
 
 // finish waits for a VM that was accepted. Nil and nil: there was no capacity.
 func (m *making) finish(ctx context.Context, c candidate, vm *vmView, operation string) (*cloud.Instance, error) {
-	f := follower{p: m.p, things: m.things, seen: vm, operation: operation, began: time.Now()}
+	f := follower{p: m.p, things: m.things, seen: vm, operation: operation, began: time.Now(), answers: m.req.Answers}
 	inst, err := f.follow(ctx)
 	if err == nil {
 		return &inst, nil

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -54,6 +55,44 @@ func TestReadyBeforeTheOperation(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestMachineAnswersFirst: the machine's own word ends the wait, between two looks at
+// Azure; and a machine that never answers holds nothing up.
+func TestMachineAnswersFirst(t *testing.T) {
+	const boot = 27100 * time.Millisecond // looks are 6 s apart by then
+	inWorld(t, fakearm.Config{Timing: fakearm.Timing{Start: 60 * time.Second, Create: 70 * time.Second}}, func(w *world) {
+		p := w.provider()
+		req := request(p)
+		begin := time.Now()
+		asked := 0
+		var asks netip.Addr
+		req.Answers = func(ctx context.Context, addr netip.Addr) error {
+			asked++
+			asks = addr
+			return pauseFor(ctx, time.Until(begin.Add(boot)))
+		}
+		inst := w.create(p, req)
+		if d := time.Since(begin); d != boot || asked != 1 {
+			t.Errorf("Create took %v, and asked the machine %d times; it answered after %v", d, asked, boot)
+		}
+		if inst.State != cloud.StateRunning || !slices.Equal(inst.Addrs, []netip.Addr{asks}) {
+			t.Errorf("got %+v, the machine at %v answered", inst, asks)
+		}
+	})
+	inWorld(t, fakearm.Config{}, func(w *world) {
+		p := w.provider()
+		req := request(p)
+		ended := false
+		req.Answers = func(ctx context.Context, _ netip.Addr) error {
+			<-ctx.Done()
+			ended = true
+			return ctx.Err()
+		}
+		if inst := w.create(p, req); inst.State != cloud.StateRunning || !ended {
+			t.Errorf("got %+v; the question has ended: %v", inst, ended)
+		}
+	})
 }
 
 // TestSlowOperation: a VM that takes minutes is followed within Azure's limits.

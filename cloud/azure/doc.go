@@ -28,8 +28,9 @@
 // the operation that Azure has begun (Azure-AsyncOperation). The state itself is read
 // from the VM; the operation is asked because it knows why it has failed. So the
 // operation of a Create can be followed by another process, with nothing but the
-// token and the progress. Create returns when the VM has a host and an address, which
-// Azure's own pollers tell some ten seconds later than they could.
+// token and the progress. Create returns when the VM has an address and runs: when Azure
+// says so, some ten seconds before its own pollers do, or when the machine has answered
+// at that address (CreateRequest.Answers), whichever is first.
 //
 // # Deleting
 //

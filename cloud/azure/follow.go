@@ -6,7 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -30,6 +32,11 @@ type follower struct {
 
 	nextVM, nextOperation time.Time
 	lastErr               error // of reading, for the case that time runs out
+
+	answers  func(context.Context, netip.Addr) error // see cloud.CreateRequest; may be nil
+	addrs    []netip.Addr                            // nil: not known yet
+	answered chan struct{}                           // closed when the machine has answered; nil: not asked yet
+	asking   sync.WaitGroup
 }
 
 const (
@@ -52,9 +59,12 @@ func vmEvery(age time.Duration) time.Duration {
 	return 6 * time.Second
 }
 
-// follow returns the instance as soon as it runs and has an address, or an *apiError
-// with status 0 when the operation has failed.
+// follow returns the instance as soon as it has an address and runs, by Azure's word or
+// its own, or an *apiError with status 0 when the operation has failed.
 func (f *follower) follow(ctx context.Context) (cloud.Instance, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer f.asking.Wait()
+	defer cancel()
 	f.nextVM = f.began
 	if f.seen != nil {
 		f.nextVM = f.began.Add(vmEvery(0))
@@ -85,7 +95,7 @@ func (f *follower) look(ctx context.Context) (cloud.Instance, bool, error) {
 	case inst.State == cloud.StateFailed: // it was made, and has stopped since
 		return inst, true, nil
 	}
-	if len(inst.Addrs) == 0 {
+	if f.addrs = inst.Addrs; len(f.addrs) == 0 {
 		addrs, err := f.p.addresses(ctx, f.things, f.seen)
 		if ctx.Err() != nil {
 			return inst, false, ctx.Err()
@@ -93,9 +103,37 @@ func (f *follower) look(ctx context.Context) (cloud.Instance, bool, error) {
 		if err != nil {
 			f.lastErr = err
 		}
-		inst.Addrs = addrs
+		f.addrs = addrs
+	}
+	f.askMachine(ctx)
+	inst.Addrs = f.addrs
+	if f.hasAnswered() {
+		inst.State = cloud.StateRunning
 	}
 	return inst, inst.State == cloud.StateRunning && len(inst.Addrs) > 0, nil
+}
+
+// askMachine asks the machine itself whether it runs, beside Azure.
+func (f *follower) askMachine(ctx context.Context) {
+	if f.answers == nil || f.answered != nil || len(f.addrs) == 0 {
+		return
+	}
+	addr, answered := f.addrs[0], make(chan struct{})
+	f.answered = answered
+	f.asking.Go(func() {
+		if f.answers(ctx, addr) == nil {
+			close(answered)
+		}
+	})
+}
+
+func (f *follower) hasAnswered() bool {
+	select {
+	case <-f.answered: // nil: never
+		return true
+	default:
+		return false
+	}
 }
 
 // ask waits for the next time to ask and asks.
@@ -104,11 +142,14 @@ func (f *follower) ask(ctx context.Context) error {
 	if f.operation != "" && f.nextOperation.Before(next) {
 		next = f.nextOperation
 	}
-	if err := pauseFor(ctx, time.Until(next)); err != nil {
+	if err := f.pauseUntil(ctx, next); err != nil {
 		if f.lastErr != nil {
 			return fmt.Errorf("%w; last: %w", err, f.lastErr)
 		}
 		return err
+	}
+	if f.hasAnswered() {
+		return nil
 	}
 	now := time.Now()
 	if f.operation != "" && !f.nextOperation.After(now) {
@@ -131,6 +172,19 @@ func (f *follower) ask(ctx context.Context) error {
 	}
 	if !f.nextVM.After(now) {
 		return f.read(ctx, now)
+	}
+	return nil
+}
+
+// pauseUntil waits for a time, or for the machine's answer.
+func (f *follower) pauseUntil(ctx context.Context, at time.Time) error {
+	t := time.NewTimer(time.Until(at))
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-f.answered: // nil: never
+	case <-t.C:
 	}
 	return nil
 }
