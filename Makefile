@@ -152,7 +152,7 @@ critest: build podvm-image $(BIN)/crictl $(CRITEST)/critest.test $(OUT)/containe
 	@$(BIN)/critest -bin $(BIN) -podvm $(OUT)/podvm -tools $(CRITEST) -out $(OUT)/critest \
 		-page docs/compatibility.md $(if $(FOCUS),-focus '$(FOCUS)')
 
-# A whole run takes about half an hour on two processors; FOCUS='...' runs only the
+# A whole run takes about twenty-five minutes on two processors; FOCUS='...' runs only the
 # tests of Kubernetes' suite whose names match, CONTAINERD=1.6 on another containerd,
 # SLOW=1 what Kubernetes calls slow, too; KEEP=1 leaves the cluster running.
 e2e-k8s: build podvm-image $(BIN)/crictl $(OUT)/containerd2/containerd $(OUT)/kube/e2e.test $(if $(filter 1.7,$(CONTAINERD)),$(OUT)/containerd17/containerd)
