@@ -14,6 +14,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ebs"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/cloud"
 )
 
 // Account makes API calls for what a person does now and then (publish an image, open
@@ -122,21 +124,9 @@ func persist[O any](ctx context.Context, a *Account, action string, f func(conte
 		if !errdefs.IsUnavailable(err) || time.Now().Add(pause).After(end) {
 			return nil, err
 		}
-		if err := Pause(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return nil, fmt.Errorf("%s: %w", action, err)
 		}
-	}
-}
-
-// Pause waits, and returns the context's error if that ends first.
-func Pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
 	}
 }
 

@@ -321,19 +321,8 @@ func (p *Provider) mismatch(ctx context.Context, l launch, a attempt) (machine, 
 			// No class: something was made once, and List is the way to find it.
 			return machine{}, fmt.Errorf("token %s was used before, and the instance it made is not to be seen", l.req.Token)
 		}
-		if err := sleep(ctx, wait); err != nil {
+		if err := cloud.Pause(ctx, wait); err != nil {
 			return machine{}, err
 		}
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }

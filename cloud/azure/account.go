@@ -16,6 +16,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 	"github.com/containerd/errdefs"
+
+	"github.com/kata-remote/kata-remote/cloud"
 )
 
 // Account makes requests for what a person does now and then (publish an image, open
@@ -108,7 +110,7 @@ func (a *Account) persist(ctx context.Context, r call) (reply, error) {
 		if time.Now().Add(pause).After(end) {
 			return rep, about(r, err)
 		}
-		if err := pauseFor(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return rep, err
 		}
 	}
@@ -205,7 +207,7 @@ func (a *Account) long(ctx context.Context, r call) (output []byte, err error) {
 	}
 	next := rep.after
 	for pause := firstLook; ; pause = min(2*pause, mostPause) {
-		if err := pauseFor(ctx, max(pause, time.Until(next))); err != nil {
+		if err := cloud.Pause(ctx, max(pause, time.Until(next))); err != nil {
 			return nil, err
 		}
 		look := call{method: http.MethodGet, path: path, query: query}

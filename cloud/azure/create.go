@@ -369,7 +369,7 @@ func (m *making) clean(ctx context.Context, enough func(left) bool) error {
 		if l.reusable() { // only a reserved interface is left, which need not be asked for often
 			pause = max(wait, time.Until(m.p.recall(m.things).next))
 		}
-		if err := pauseFor(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return err
 		}
 	}

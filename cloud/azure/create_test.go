@@ -70,7 +70,7 @@ func TestMachineAnswersFirst(t *testing.T) {
 		req.Answers = func(ctx context.Context, addr netip.Addr) error {
 			asked++
 			asks = addr
-			return pauseFor(ctx, time.Until(begin.Add(boot)))
+			return cloud.Pause(ctx, time.Until(begin.Add(boot)))
 		}
 		inst := w.create(p, req)
 		if d := time.Since(begin); d != boot || asked != 1 {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/kata-remote/kata-remote/cloud"
 )
 
 // family is a group of requests that Azure counts together.
@@ -94,7 +96,7 @@ func (t *throttle) wait(ctx context.Context, s subject) error {
 			return &apiError{status: http.StatusTooManyRequests, code: "TooManyRequests", after: until,
 				message: fmt.Sprintf("%s requests are held back for another %s", s.family, d.Round(time.Second))}
 		}
-		if err := pauseFor(ctx, d); err != nil {
+		if err := cloud.Pause(ctx, d); err != nil {
 			return err
 		}
 	}
@@ -261,20 +263,5 @@ func (k *keyed) take(key string) (unlock func()) {
 		delete(k.held, key)
 		k.mu.Unlock()
 		close(mine)
-	}
-}
-
-// pauseFor waits, and returns the context's error if it ends first.
-func pauseFor(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
 	}
 }

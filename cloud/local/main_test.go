@@ -241,7 +241,7 @@ func eventually(t testing.TB, what string, f func() bool) {
 		if time.Now().After(end) {
 			t.Fatalf("never: %s", what)
 		}
-		if err := pause(t.Context(), 20*time.Millisecond); err != nil {
+		if err := cloud.Pause(t.Context(), 20*time.Millisecond); err != nil {
 			t.Fatal(err)
 		}
 	}

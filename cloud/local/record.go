@@ -174,7 +174,7 @@ func lock(ctx context.Context, path string, flags int) (func(), error) {
 		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
-		if err := pause(ctx, lockPoll); err != nil {
+		if err := cloud.Pause(ctx, lockPoll); err != nil {
 			return nil, err
 		}
 	}
@@ -213,15 +213,4 @@ func (r *record) mac() (net.HardwareAddr, error) { return net.ParseMAC(r.MAC) }
 func macOf(a netip.Addr) net.HardwareAddr {
 	b := a.AsSlice()
 	return append(net.HardwareAddr{0x02, 0x70, 0x70}, b[len(b)-3:]...)
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }

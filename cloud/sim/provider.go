@@ -54,7 +54,7 @@ func (p *Provider) Explain(ctx context.Context, size cloud.Size) (cloud.Choice, 
 
 // call brackets the effect of an API call with latency, limits and faults.
 func (p *Provider) call(ctx context.Context, op Op, effect func() error) error {
-	if err := sleep(ctx, p.w.cfg.Latency/2); err != nil {
+	if err := cloud.Pause(ctx, p.w.cfg.Latency/2); err != nil {
 		return err
 	}
 	p.w.mu.Lock()
@@ -67,7 +67,7 @@ func (p *Provider) call(ctx context.Context, op Op, effect func() error) error {
 	if err != nil {
 		return err
 	}
-	if err := sleep(ctx, p.w.cfg.Latency/2); err != nil {
+	if err := cloud.Pause(ctx, p.w.cfg.Latency/2); err != nil {
 		return err // the cloud has done it; the caller does not know
 	}
 	return after

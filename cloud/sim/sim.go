@@ -255,7 +255,7 @@ func (w *World) create(req cloud.CreateRequest) *instance {
 // when the machine has stopped and DeleteTime is over.
 func (w *World) run(ctx context.Context, i *instance, id cloud.InstanceID) {
 	defer w.running.Done()
-	err := sleep(ctx, w.cfg.BootTime)
+	err := cloud.Pause(ctx, w.cfg.BootTime)
 	var m Machine
 	if err == nil {
 		m, err = w.cfg.Launcher.Launch(ctx, id, i.req)
@@ -325,18 +325,4 @@ func sortInstances(s []cloud.Instance) {
 func short(s string) string {
 	sum := sha256.Sum256([]byte(s))
 	return hex.EncodeToString(sum[:4])
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }

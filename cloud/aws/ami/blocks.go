@@ -19,6 +19,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"github.com/containerd/errdefs"
 
+	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/aws"
 	"github.com/kata-remote/kata-remote/cloud/diskimage"
 )
@@ -84,7 +85,7 @@ func (w *writer) lastNote(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteTimeout)
 	defer cancel()
 	for w.uploaded > 0 && aws.ErrorCode(w.note(ctx)) == codeNoSnapshot {
-		if aws.Pause(ctx, time.Second/2) != nil {
+		if cloud.Pause(ctx, time.Second/2) != nil {
 			return
 		}
 	}

@@ -218,7 +218,7 @@ func (p *publication) find(ctx context.Context) (bool, error) {
 			}
 			return false, fmt.Errorf("image %s is in the state %s%s; deregister it, and publish again: %w", awssdk.ToString(i.ImageId), i.State, why, errdefs.ErrFailedPrecondition)
 		}
-		if err := aws.Pause(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return false, err
 		}
 	}
@@ -255,7 +255,7 @@ func (p *publication) upload(ctx context.Context) (string, error) {
 		if err != nil || ok {
 			return id, err
 		}
-		if err := aws.Pause(ctx, 5*time.Second); err != nil {
+		if err := cloud.Pause(ctx, 5*time.Second); err != nil {
 			return "", err
 		}
 	}
@@ -312,7 +312,7 @@ func (p *publication) complete(ctx context.Context, id string, count int, sum []
 		case time.Now().After(end):
 			return false, fmt.Errorf("snapshot %s was not completed within %s; publish again to go on: %w", id, settleTimeout, errdefs.ErrUnavailable)
 		}
-		if err := aws.Pause(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return false, err
 		}
 	}
@@ -348,7 +348,7 @@ func (p *publication) register(ctx context.Context, snapshot string) error {
 			}
 			return fmt.Errorf("%w; if it is not ours, deregister the image %s", err, p.name())
 		}
-		if err := aws.Pause(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return err
 		}
 	}
@@ -365,7 +365,7 @@ func remove(ctx context.Context, a *aws.Account, id string) error {
 		case !errdefs.IsFailedPrecondition(err) || time.Now().After(end): // in use: the image is going
 			return fmt.Errorf("snapshot %s: %w", id, err)
 		}
-		if err := aws.Pause(ctx, 2*time.Second); err != nil {
+		if err := cloud.Pause(ctx, 2*time.Second); err != nil {
 			return err
 		}
 	}

@@ -228,7 +228,7 @@ func (p *publication) find(ctx context.Context) (bool, error) {
 		if !waiting {
 			return false, nil
 		}
-		if err := wait(ctx, pause); err != nil {
+		if err := cloud.Pause(ctx, pause); err != nil {
 			return false, err
 		}
 	}
@@ -319,16 +319,4 @@ func dropDisk(ctx context.Context, a *azure.Account, disk, state string) error {
 		}
 	}
 	return a.Delete(ctx, disk, azure.APIDisk)
-}
-
-// wait waits, and returns the context's error if that ends first.
-func wait(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }
