@@ -6,10 +6,8 @@ import (
 	"context"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/caa/config"
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/aws"
@@ -67,44 +65,16 @@ func reloadedKeys(cfg *config.Config) func() (aws.Keys, error) {
 // awsProvider tells the log of what it does.
 type awsProvider struct {
 	*aws.Provider
-	log atomic.Pointer[slog.Logger] // nil until Announce
+	calls cloudLog
 }
 
-// prepareTimeout bounds what is asked before the first pod comes; a service that is
-// down holds up the start of the adaptor no longer.
-const prepareTimeout = 20 * time.Second
-
-// Announce asks EC2 for what all pods need to know, so that the first one does not
-// wait for it, and logs API calls from then on.
+// Announce implements announcer.
 func (p *awsProvider) Announce(ctx context.Context, log *slog.Logger) {
-	p.log.Store(log)
-	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
-	defer cancel()
-	begin := time.Now()
-	if err := p.Prepare(ctx); err != nil {
-		log.Error("EC2 cannot be asked; pods cannot be started until it can", logkey.Provider, config.ProviderAWS, logkey.Error, err)
-		return
-	}
-	choice, err := p.Explain(ctx, cloud.Size{})
-	if err != nil {
-		log.Error("pods that ask for nothing cannot be started", logkey.Provider, config.ProviderAWS, logkey.Error, err)
-		return
-	}
-	log.Info("pod VMs are EC2 instances", logkey.Provider, config.ProviderAWS, "choice", choice,
-		logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
+	p.calls.announce(ctx, log, p, config.ProviderAWS, "EC2", "EC2 instances")
 }
 
-// observe logs an API call.
 func (p *awsProvider) observe(c aws.Call) {
-	log := p.log.Load()
-	if log == nil {
-		return
-	}
-	attrs := []any{"action", c.Action, logkey.Duration, float64(c.Took.Microseconds()) / 1000}
-	if c.Err != nil {
-		attrs = append(attrs, "code", c.Code, logkey.Error, c.Err)
-	}
-	log.Debug("cloud call", attrs...)
+	p.calls.call(c.Took, c.Err, c.Code, "action", c.Action)
 }
 
 // ListSettle is above the lags of EC2's lists that users have seen, which are some

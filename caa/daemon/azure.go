@@ -7,10 +7,8 @@ import (
 	"log/slog"
 	"path"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/kata-remote/kata-remote/agent-protocol/logkey"
 	"github.com/kata-remote/kata-remote/caa/config"
 	"github.com/kata-remote/kata-remote/cloud"
 	"github.com/kata-remote/kata-remote/cloud/azure"
@@ -68,41 +66,17 @@ func reloadedCredentials(cfg *config.Config) func() (azure.Credentials, error) {
 // azureProvider tells the log of what it does.
 type azureProvider struct {
 	*azure.Provider
-	log atomic.Pointer[slog.Logger] // nil until Announce
+	calls cloudLog
 }
 
-// Announce asks Azure for what all pods need to know, so that the first one does not
-// wait for it, and logs API calls from then on.
+// Announce implements announcer.
 func (p *azureProvider) Announce(ctx context.Context, log *slog.Logger) {
-	p.log.Store(log)
-	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
-	defer cancel()
-	begin := time.Now()
-	if err := p.Prepare(ctx); err != nil {
-		log.Error("Azure cannot be asked; pods cannot be started until it can", logkey.Provider, config.ProviderAzure, logkey.Error, err)
-		return
-	}
-	choice, err := p.Explain(ctx, cloud.Size{})
-	if err != nil {
-		log.Error("pods that ask for nothing cannot be started", logkey.Provider, config.ProviderAzure, logkey.Error, err)
-		return
-	}
-	log.Info("pod VMs are Azure VMs", logkey.Provider, config.ProviderAzure, "choice", choice,
-		logkey.Duration, float64(time.Since(begin).Microseconds())/1000)
+	p.calls.announce(ctx, log, p, config.ProviderAzure, "Azure", "Azure VMs")
 }
 
-// observe logs an API call.
 func (p *azureProvider) observe(c azure.Call) {
-	log := p.log.Load()
-	if log == nil {
-		return
-	}
-	attrs := []any{"action", c.Method + " " + path.Base(path.Dir(c.Path)), "of", path.Base(c.Path), "status", c.Status,
-		logkey.Duration, float64(c.Took.Microseconds()) / 1000}
-	if c.Err != nil {
-		attrs = append(attrs, "code", c.Code, logkey.Error, c.Err)
-	}
-	log.Debug("cloud call", attrs...)
+	p.calls.call(c.Took, c.Err, c.Code,
+		"action", c.Method+" "+path.Base(path.Dir(c.Path)), "of", path.Base(c.Path), "status", c.Status)
 }
 
 // ListSettle implements settler.
